@@ -1,0 +1,12 @@
+// Package migration is the migration extension of the Container Runtime
+// Interface: a gRPC service beside runtime.v1 on the socket of the runtime, with
+// which a kubelet moves the running containers of a pod to another node.
+//
+// The contract is migration.proto; the Go code is generated from it. This package
+// adds the names that the two sides must agree on and has no behaviour.
+// Package migrationtest, beside this one, holds a fake runtime and the conformance
+// suite that the fake and every real implementation pass.
+package migration
+
+// StreamVersion is the version of the checkpoint stream that this module writes.
+const StreamVersion uint32 = 1
