@@ -17,3 +17,18 @@ help: ## Show this menu
 .PHONY: assemble
 assemble: ## Copy upstream's sources, apply the patch queue, generate code
 	@$(PATCHQ) assemble
+
+##@ Patch queue (patches/README.md)
+UPSTREAM ?=
+DIR ?=
+need-upstream = $(if $(UPSTREAM),,$(error say which queue: UPSTREAM=kubernetes, containerd or runc))
+
+.PHONY: patch-open patch-save patch-refresh
+patch-open: ## Open a queue as a git repository: UPSTREAM=kubernetes [DIR=...]
+	$(need-upstream)@$(PATCHQ) open $(UPSTREAM) $(if $(DIR),--dir $(DIR))
+
+patch-save: ## Write an opened queue back: UPSTREAM=kubernetes [DIR=...]
+	$(need-upstream)@$(PATCHQ) save $(UPSTREAM) $(if $(DIR),--dir $(DIR))
+
+patch-refresh: ## Put hand-edited patches into the queue's format: UPSTREAM=kubernetes
+	$(need-upstream)@$(PATCHQ) refresh $(UPSTREAM)

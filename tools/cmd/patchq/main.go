@@ -21,7 +21,7 @@ func main() {
 }
 
 func command() *cobra.Command {
-	var root string
+	var root, dir string
 	cmd := &cobra.Command{
 		Use:           "patchq",
 		Short:         "Assemble patched upstream sources and keep the patch queue in order",
@@ -48,5 +48,80 @@ func command() *cobra.Command {
 			return r.Assemble()
 		},
 	})
+	upstream := func(args []string) (patchq.Repo, patchq.Upstream, string, error) {
+		r, err := repo()
+		if err != nil {
+			return r, patchq.Upstream{}, "", err
+		}
+		u, err := patchq.FindUpstream(args[0])
+		if err != nil {
+			return r, u, "", err
+		}
+		d := r.OpenDir(u)
+		if dir != "" {
+			d, err = filepath.Abs(dir)
+		}
+		return r, u, d, err
+	}
+	open := &cobra.Command{
+		Use:   "open UPSTREAM",
+		Short: "Make a scratch git repository with the queue as commits",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			r, u, d, err := upstream(args)
+			if err != nil {
+				return err
+			}
+			if err := r.Open(u, d); err != nil {
+				return err
+			}
+			fmt.Printf("opened %s in %s: edit, commit (or git rebase -i base), then save\n", u.Name, d)
+			return nil
+		},
+	}
+	save := &cobra.Command{
+		Use:   "save UPSTREAM",
+		Short: "Write the commits of the scratch repository back to the queue",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			r, u, d, err := upstream(args)
+			if err != nil {
+				return err
+			}
+			saved, err := r.Save(u, d)
+			report(u, saved)
+			return err
+		},
+	}
+	for _, c := range []*cobra.Command{open, save} {
+		c.Flags().StringVar(&dir, "dir", "", "folder of the scratch repository (default .build/open/UPSTREAM)")
+	}
+	refresh := &cobra.Command{
+		Use:   "refresh UPSTREAM",
+		Short: "Rewrite the patch files of hand-edited patches: line numbers, hashes, format",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			r, u, _, err := upstream(args)
+			if err != nil {
+				return err
+			}
+			saved, err := r.Refresh(u)
+			report(u, saved)
+			return err
+		},
+	}
+	cmd.AddCommand(open, save, refresh)
 	return cmd
+}
+
+func report(u patchq.Upstream, saved patchq.Saved) {
+	for _, n := range saved.Written {
+		fmt.Printf("wrote patches/%s/%s\n", u.Name, n)
+	}
+	for _, n := range saved.Removed {
+		fmt.Printf("removed patches/%s/%s\n", u.Name, n)
+	}
+	if len(saved.Written)+len(saved.Removed) == 0 {
+		fmt.Printf("patches/%s is unchanged\n", u.Name)
+	}
 }
