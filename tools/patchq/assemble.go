@@ -102,7 +102,7 @@ func (r Repo) assembleOne(u Upstream, modules map[string]string) error {
 	if err := r.fill(tree); err != nil {
 		return err
 	}
-	generated, err := r.generate(tree, overlay, modules)
+	generated, err := r.generate(tree, overlay)
 	if err != nil {
 		return fmt.Errorf("generate code: %w", err)
 	}

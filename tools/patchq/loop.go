@@ -91,9 +91,15 @@ func series(dir string, patches []Patch) error {
 		{"commit", "--quiet", "--no-verify", "--allow-empty", "--message", "pristine upstream"},
 		{"tag", "base"},
 	}
-	for _, s := range steps {
+	for i, s := range steps {
 		if _, err := git(dir, s...); err != nil {
 			return fmt.Errorf("make scratch repository: %w", err)
+		}
+		if i == 0 {
+			// Upstream's attributes must not change line ends: bytes in, the same bytes out.
+			if err := writeFile(filepath.Join(dir, ".git", "info", "attributes"), []byte("* -text\n")); err != nil {
+				return err
+			}
 		}
 	}
 	for _, p := range patches {
