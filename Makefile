@@ -14,6 +14,10 @@ help: ## Show this menu
 		/^[a-z0-9-]+:.*##/ {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 ##@ Build
+.PHONY: build
+build: ## Patch and compile everything into .build/bin
+	@go run ./tools/cmd/podmig-build
+
 .PHONY: assemble
 assemble: ## Copy upstream's sources, apply the patch queue, generate code
 	@$(PATCHQ) assemble
@@ -23,7 +27,9 @@ UPSTREAM ?=
 DIR ?=
 need-upstream = $(if $(UPSTREAM),,$(error say which queue: UPSTREAM=kubernetes, containerd or runc))
 
-.PHONY: patch-open patch-save patch-refresh
+VERSION ?=
+
+.PHONY: patch-open patch-save patch-refresh patch-check patch-drift
 patch-open: ## Open a queue as a git repository: UPSTREAM=kubernetes [DIR=...]
 	$(need-upstream)@$(PATCHQ) open $(UPSTREAM) $(if $(DIR),--dir $(DIR))
 
@@ -32,3 +38,9 @@ patch-save: ## Write an opened queue back: UPSTREAM=kubernetes [DIR=...]
 
 patch-refresh: ## Put hand-edited patches into the queue's format: UPSTREAM=kubernetes
 	$(need-upstream)@$(PATCHQ) refresh $(UPSTREAM)
+
+patch-check: ## Lint, apply without offset, round trip, dead patches, unused hooks
+	@$(PATCHQ) check
+
+patch-drift: ## How would the queue apply to another version? VERSION=v1.36.3 [UPSTREAM=kubernetes]
+	$(if $(VERSION),,$(error say which version: VERSION=v1.36.3))@$(PATCHQ) drift --version $(VERSION) $(if $(UPSTREAM),--upstream $(UPSTREAM))

@@ -18,8 +18,6 @@ import (
 	"sort"
 	"strings"
 	"time"
-
-	"golang.org/x/mod/modfile"
 )
 
 // generateTimeout bounds one generator, including the time to compile it.
@@ -235,15 +233,10 @@ func (g generation) protobuf() error {
 func (g generation) moduleDir(module string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), generateTimeout)
 	defer cancel()
-	raw, err := os.ReadFile(filepath.Join(g.repo.Root, "go.mod"))
+	version, err := g.repo.RequiredVersion(module)
 	if err != nil {
-		return "", fmt.Errorf("read module file: %w", err)
+		return "", err
 	}
-	mod, err := modfile.Parse("go.mod", raw, nil)
-	if err != nil {
-		return "", fmt.Errorf("parse module file: %w", err)
-	}
-	version := requiredVersion(mod, module)
 	// Nothing of it is compiled, so the plain listing would not fetch its archive.
 	cmd := exec.CommandContext(ctx, "go", "mod", "download", module+"@"+version)
 	cmd.Dir = g.repo.Root

@@ -326,7 +326,7 @@ func slug(subject string) string {
 
 // nameSeries gives every patch of a series its file name. A patch keeps the file whose subject it has. Among the
 // rest, one that sits where an opened patch is missing takes over that number; a new one gets the next ten after its
-// neighbour, or the middle of the gap.
+// neighbour.
 func nameSeries(now, opened []Patch, used map[int]bool) error {
 	bySubject := map[string]string{}
 	for _, p := range opened {
@@ -375,14 +375,10 @@ func nameSeries(now, opened []Patch, used map[int]bool) error {
 			}
 		}
 		if n == 0 {
-			if n = (last/10 + 1) * 10; next < 10000 && n >= next {
-				n = (last + next) / 2
-			}
-			for taken[n] && n < next {
-				n++
+			for n = (last/10 + 1) * 10; taken[n] && n < next; n += 10 {
 			}
 			if n <= last || n >= next {
-				return fmt.Errorf("no number left between %04d and %04d", last, next)
+				return fmt.Errorf("no number left between %04d and %04d: rename the files behind them by hand", last, next)
 			}
 		}
 		taken[n] = true

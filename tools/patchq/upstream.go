@@ -12,6 +12,7 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/mod/modfile"
 )
@@ -61,6 +62,8 @@ type Mount struct {
 type Tree struct {
 	Upstream Upstream
 	Version  string
+	// Time is when upstream tagged the version.
+	Time time.Time
 	// Mounts holds the root first.
 	Mounts []Mount
 }
@@ -146,7 +149,7 @@ func LoadTree(root string, u Upstream, version string) (Tree, error) {
 	}
 	out, runErr := output(cmd)
 
-	type info struct{ Path, Version, Dir, Sum, Error string }
+	type info struct{ Path, Version, Info, Dir, Sum, Error string }
 	got := map[string]info{}
 	dec := json.NewDecoder(bytes.NewReader(out))
 	for dec.More() {
@@ -170,9 +173,27 @@ func LoadTree(root string, u Upstream, version string) (Tree, error) {
 			return Tree{}, fmt.Errorf("%s@%s has hash %s but go.sum pins %q: clear the module cache or fix go.sum",
 				w.module, w.version, i.Sum, sums[w.module+" "+w.version])
 		}
+		if w.at == "" {
+			if tree.Time, err = readTime(i.Info); err != nil {
+				return Tree{}, err
+			}
+		}
 		tree.Mounts = append(tree.Mounts, Mount{At: w.at, Module: w.module, Version: w.version, Sum: i.Sum, Dir: i.Dir})
 	}
 	return tree, nil
+}
+
+// readTime reads the release time from the cache's description of a module.
+func readTime(name string) (time.Time, error) {
+	raw, err := os.ReadFile(name)
+	if err != nil {
+		return time.Time{}, fmt.Errorf("read module description: %w", err)
+	}
+	var d struct{ Time time.Time }
+	if err := json.Unmarshal(raw, &d); err != nil {
+		return time.Time{}, fmt.Errorf("read module description: %w", err)
+	}
+	return d.Time, nil
 }
 
 func requiredVersion(mod *modfile.File, module string) string {

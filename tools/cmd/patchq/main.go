@@ -110,8 +110,80 @@ func command() *cobra.Command {
 			return err
 		},
 	}
-	cmd.AddCommand(open, save, refresh)
+	check := &cobra.Command{
+		Use:   "check",
+		Short: "Lint, apply without offset, round trip, dead patches, unused hooks",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			r, err := repo()
+			if err != nil {
+				return err
+			}
+			reports, err := r.Check()
+			if err != nil {
+				return err
+			}
+			return printReports(reports)
+		},
+	}
+	var version, only string
+	drift := &cobra.Command{
+		Use:   "drift",
+		Short: "Report how a queue would apply to another version",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			r, err := repo()
+			if err != nil {
+				return err
+			}
+			u, err := patchq.FindUpstream(only)
+			if err != nil {
+				return err
+			}
+			drifted, err := r.Drift(u, version)
+			if err != nil {
+				return err
+			}
+			for _, d := range drifted {
+				fmt.Printf("%-9s  %s", d.Outcome, d.Patch.Name)
+				if d.Detail != "" {
+					fmt.Printf("\n           %s", d.Detail)
+				}
+				fmt.Println()
+			}
+			return nil
+		},
+	}
+	drift.Flags().StringVar(&version, "version", "", "version to compare with, such as v1.36.3")
+	drift.Flags().StringVar(&only, "upstream", "kubernetes", "whose queue")
+	if err := drift.MarkFlagRequired("version"); err != nil {
+		panic(err)
+	}
+	cmd.AddCommand(open, save, refresh, check, drift)
 	return cmd
+}
+
+// printReports shows the size of every queue, then the faults.
+func printReports(reports []patchq.Report) error {
+	faults := 0
+	for _, r := range reports {
+		lines, files := 0, 0
+		for _, p := range r.Patches {
+			if !p.Generated() {
+				l, f := p.Footprint()
+				lines, files = lines+l, files+f
+			}
+		}
+		fmt.Printf("%-10s %s: %d patches, %d lines in %d existing files\n", r.Upstream.Name, r.Version, len(r.Patches), lines, files)
+		for _, f := range r.Faults {
+			fmt.Printf("  %s\n", f)
+			faults++
+		}
+	}
+	if faults > 0 {
+		return fmt.Errorf("%d faults in the patch queues", faults)
+	}
+	return nil
 }
 
 func report(u patchq.Upstream, saved patchq.Saved) {
