@@ -82,6 +82,8 @@ type Deadlines struct {
 	// Idle ends a source session that was opened and not used. A target that is
 	// still preparing asks again every third of it.
 	Idle time.Duration
+	// Open bounds how long the target asks a source that does not answer.
+	Open time.Duration
 	// Prepare bounds how long the target takes to create the clone's containers.
 	Prepare time.Duration
 	// Stream bounds the time from the start of the stream to the freeze.
@@ -108,6 +110,7 @@ type Deadlines struct {
 // DefaultDeadlines suit a cluster network and pods of some gigabytes.
 var DefaultDeadlines = Deadlines{
 	Idle:     3 * time.Minute,
+	Open:     time.Minute,
 	Prepare:  15 * time.Minute,
 	Stream:   30 * time.Minute,
 	Freeze:   60 * time.Second,
@@ -122,7 +125,7 @@ var DefaultDeadlines = Deadlines{
 func (d Deadlines) withDefaults() Deadlines {
 	def := DefaultDeadlines
 	for _, f := range []struct{ v, def *time.Duration }{
-		{&d.Idle, &def.Idle}, {&d.Prepare, &def.Prepare}, {&d.Stream, &def.Stream},
+		{&d.Idle, &def.Idle}, {&d.Open, &def.Open}, {&d.Prepare, &def.Prepare}, {&d.Stream, &def.Stream},
 		{&d.Freeze, &def.Freeze}, {&d.Commit, &def.Commit}, {&d.Restore, &def.Restore},
 		{&d.Outcome, &def.Outcome}, {&d.Abort, &def.Abort}, {&d.Retry, &def.Retry},
 		{&d.RetryMax, &def.RetryMax},
