@@ -1,0 +1,189 @@
+package plugin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"time"
+
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
+	containerd "github.com/containerd/containerd/v2/client"
+	corecontainers "github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/typeurl/v2"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"podmig.dev/podmig/containerd-cri/runtime"
+	"podmig.dev/podmig/containerd-cri/runtime/runc"
+	"podmig.dev/podmig/containerd-cri/service"
+)
+
+// containers implements service.Containers over the CRI service of this process.
+type containers struct {
+	client *containerd.Client
+	cri    cri.RuntimeServiceServer
+}
+
+var _ service.Containers = (*containers)(nil)
+
+// criInfo is the part of the CRI's verbose container information that is needed.
+type criInfo struct {
+	SandboxID   string `json:"sandboxID"`
+	Pid         int    `json:"pid"`
+	SnapshotKey string `json:"snapshotKey"`
+	Snapshotter string `json:"snapshotter"`
+	Config      struct {
+		TTY bool `json:"tty"`
+	} `json:"config"`
+}
+
+// Get implements service.Containers.
+func (c *containers) Get(ctx context.Context, id string) (service.Container, error) {
+	var out service.Container
+	ctx = namespaces.WithNamespace(ctx, namespace)
+	res, err := c.cri.ContainerStatus(ctx, &cri.ContainerStatusRequest{ContainerId: id, Verbose: true})
+	if err != nil {
+		return out, err
+	}
+	var info criInfo
+	if err := json.Unmarshal([]byte(res.Info["info"]), &info); err != nil {
+		return out, fmt.Errorf("information about the container: %w", err)
+	}
+	st := res.GetStatus()
+	// The CRI accepts short IDs; everything below needs the whole one.
+	id = st.GetId()
+	container, err := c.client.LoadContainer(ctx, id)
+	if err != nil {
+		return out, err
+	}
+	spec, err := container.Spec(ctx)
+	if err != nil {
+		return out, fmt.Errorf("spec of the container: %w", err)
+	}
+	meta, err := container.Info(ctx)
+	if err != nil {
+		return out, err
+	}
+	out = service.Container{
+		Container: runtime.Container{
+			ID: id, Name: st.GetMetadata().GetName(), Pid: info.Pid, OCIRoot: filepath.Join("/run/containerd/runc", namespace), OCIBinary: "runc",
+		},
+		SandboxID: info.SandboxID,
+		ImageID:   st.GetImageId(),
+		StartedAt: time.Unix(0, st.GetStartedAt()),
+		LogPath:   st.GetLogPath(),
+		TTY:       info.Config.TTY,
+	}
+	switch st.GetState() {
+	case cri.ContainerState_CONTAINER_CREATED:
+		out.State = service.StateCreated
+	case cri.ContainerState_CONTAINER_RUNNING:
+		out.State = service.StateRunning
+	case cri.ContainerState_CONTAINER_EXITED:
+		out.State = service.StateExited
+	}
+	if spec.Process != nil {
+		out.Args = spec.Process.Args
+	}
+	if opts, err := typeurl.UnmarshalAny(meta.Runtime.Options); err == nil {
+		if o, ok := opts.(*runcoptions.Options); ok {
+			if o.Root != "" {
+				out.OCIRoot = filepath.Join(o.Root, namespace)
+			}
+			if o.BinaryName != "" {
+				out.OCIBinary = o.BinaryName
+			}
+		}
+	}
+	for _, m := range spec.Mounts {
+		if m.Type != "bind" {
+			continue
+		}
+		if m.Destination == "/dev/shm" {
+			if m.Source != "/dev/shm" {
+				out.ShmDir = m.Source
+			}
+			continue
+		}
+		out.Mounts = append(out.Mounts, runtime.Mount{Destination: m.Destination, Source: m.Source, ReadOnly: hasOption(m.Options, "ro")})
+	}
+	out.UpperDir, err = c.upperDir(ctx, info)
+	return out, err
+}
+
+func hasOption(options []string, want string) bool {
+	for _, o := range options {
+		if o == want {
+			return true
+		}
+	}
+	return false
+}
+
+// upperDir returns the directory of the writable layer, empty when the snapshotter
+// has none.
+func (c *containers) upperDir(ctx context.Context, info criInfo) (string, error) {
+	mounts, err := c.client.SnapshotService(info.Snapshotter).Mounts(ctx, info.SnapshotKey)
+	if errdefs.IsNotFound(err) {
+		return "", nil
+	} else if err != nil {
+		return "", fmt.Errorf("writable layer of the container: %w", err)
+	}
+	for _, m := range mounts {
+		for _, o := range m.Options {
+			if dir, ok := strings.CutPrefix(o, "upperdir="); ok && m.Type == "overlay" {
+				return dir, nil
+			}
+		}
+	}
+	return "", nil
+}
+
+// criuConfig is the annotation through which runc takes a CRIU configuration file.
+const criuConfig = "org.criu.config"
+
+// Start implements service.Containers.
+func (c *containers) Start(ctx context.Context, id string, r service.Restore) error {
+	if !patched {
+		return fmt.Errorf("this containerd was built without the migration hooks: %w", errdefs.ErrFailedPrecondition)
+	}
+	ctx = namespaces.WithNamespace(ctx, namespace)
+	container, err := c.client.LoadContainer(ctx, id)
+	if err != nil {
+		return err
+	}
+	if err := container.Update(ctx, annotate(criuConfig, r.Config)); err != nil {
+		return fmt.Errorf("prepare the container: %w", err)
+	}
+	_, err = c.cri.StartContainer(startFrom(ctx, id, r), &cri.StartContainerRequest{ContainerId: id})
+	if err != nil {
+		if lines := runc.LogErrors(filepath.Join(r.Work, "restore.log")); lines != "" {
+			err = fmt.Errorf("%w; criu: %s", err, lines)
+		}
+	}
+	return err
+}
+
+func annotate(key, value string) containerd.UpdateContainerOpts {
+	return func(_ context.Context, _ *containerd.Client, c *corecontainers.Container) error {
+		var spec specs.Spec
+		if c.Spec == nil {
+			return errors.New("the container has no spec")
+		}
+		if err := json.Unmarshal(c.Spec.GetValue(), &spec); err != nil {
+			return err
+		}
+		if spec.Annotations == nil {
+			spec.Annotations = map[string]string{}
+		}
+		spec.Annotations[key] = value
+		var err error
+		c.Spec, err = typeurl.MarshalAny(&spec)
+		return err
+	}
+}

@@ -1,0 +1,13 @@
+//go:build !podmig_patched
+
+package plugin
+
+import (
+	"context"
+
+	"podmig.dev/podmig/containerd-cri/service"
+)
+
+const patched = false
+
+func startFrom(ctx context.Context, _ string, _ service.Restore) context.Context { return ctx }

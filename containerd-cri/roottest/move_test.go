@@ -1,0 +1,219 @@
+//go:build root
+
+package roottest
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	migration "podmig.dev/podmig/cri-api/migration/v1alpha1"
+)
+
+// move carries the containers of one pod into another and returns what the source
+// reported.
+func move(t *testing.T, session string, src, dst *pod) *migration.FreezeCheckpointResponse {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	prepare(t, ctx, session, src, dst)
+	f, err := src.n.mig.FreezeCheckpoint(ctx, &migration.FreezeCheckpointRequest{SessionId: session})
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := dst.n.mig.VerifyRestore(ctx, &migration.VerifyRestoreRequest{SessionId: session})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v.StreamBytes != f.StreamBytes {
+		t.Errorf("sent %d bytes, received %d", f.StreamBytes, v.StreamBytes)
+	}
+	errs := make(chan error)
+	for _, id := range dst.ids {
+		go func() {
+			_, err := dst.n.mig.RestoreContainer(ctx, &migration.RestoreContainerRequest{SessionId: session, ContainerId: id})
+			errs <- err
+		}()
+	}
+	for range dst.ids {
+		if err := <-errs; err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("stream %d bytes, freeze %v, dump %v, frozen for %v", f.StreamBytes, time.Duration(f.FreezeDuration), time.Duration(f.DumpDuration), time.Since(time.Unix(0, f.FrozenAt)))
+	if _, err := src.n.mig.FinishCheckpoint(ctx, &migration.FinishCheckpointRequest{SessionId: session, Outcome: migration.Outcome_OUTCOME_STOP}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := dst.n.mig.FinishRestore(ctx, &migration.FinishRestoreRequest{SessionId: session}); err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+// prepare opens both sides of a session and joins their streams.
+func prepare(t *testing.T, ctx context.Context, session string, src, dst *pod) {
+	t.Helper()
+	c, err := src.n.mig.PrepareCheckpoint(ctx, checkpointRequest(session, src))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rr := &migration.PrepareRestoreRequest{SessionId: session, PodSandboxId: dst.id, Volumes: dst.volumes, StreamVersion: 1}
+	for name, id := range dst.ids {
+		rr.Containers = append(rr.Containers, &migration.RestoreTarget{ContainerId: id, Name: name})
+	}
+	r, err := dst.n.mig.PrepareRestore(ctx, rr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, err := net.Dial("unix", strings.TrimPrefix(c.StreamAddress, "unix://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := net.Dial("unix", strings.TrimPrefix(r.StreamAddress, "unix://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		_, _ = io.Copy(out, in)
+		in.Close()
+		out.Close()
+	}()
+}
+
+func checkpointRequest(session string, src *pod) *migration.PrepareCheckpointRequest {
+	r := &migration.PrepareCheckpointRequest{SessionId: session, PodSandboxId: src.id, Volumes: src.volumes, StreamVersion: 1}
+	for name, id := range src.ids {
+		r.Containers = append(r.Containers, &migration.CheckpointContainer{ContainerId: id, Name: name})
+	}
+	return r
+}
+
+func serveArgs(mb int, files ...string) []string {
+	return append([]string{"/workload", "serve", "/s.sock", strconv.Itoa(mb)}, files...)
+}
+
+func ask(p *pod, name, q string) (int, error) {
+	s, err := p.tryExec(name, "/workload", "ask", "/s.sock", q)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(s)
+}
+
+func TestMoveCounter(t *testing.T) {
+	n := start(t)
+	src, dst := n.runPod("src"), n.runPod("dst")
+	c := container{name: "a", image: "podmig.test/workload:1"}
+	c.command, c.mounts = serveArgs(10, "/rootfs.txt", "/data/v.txt", "/dev/shm/m.txt"), []*cri.Mount{src.volume("data")}
+	src.start(c)
+	eventually(t, "the counter runs", func() error {
+		k, err := ask(src, "a", "count")
+		if err == nil && k < 20 {
+			err = fmt.Errorf("%d ticks", k)
+		}
+		return err
+	})
+	sum := src.exec("a", "/workload", "ask", "/s.sock", "sum")
+	started := src.status("a").StartedAt
+	before, _ := ask(src, "a", "count")
+
+	c.mounts = []*cri.Mount{dst.volume("data")}
+	dst.create(c)
+	move(t, "counter", src, dst)
+
+	st := dst.status("a")
+	if st.State != cri.ContainerState_CONTAINER_RUNNING || st.StartedAt != started {
+		t.Errorf("status after the restore: %v, started at %d instead of %d", st.State, st.StartedAt, started)
+	}
+	after, err := ask(dst, "a", "count")
+	if err != nil || after < before {
+		t.Errorf("count %d after %d: %v", after, before, err)
+	}
+	if got := dst.exec("a", "/workload", "ask", "/s.sock", "sum"); got != sum {
+		t.Errorf("memory has changed: %s instead of %s", got, sum)
+	}
+	for _, f := range []string{"/rootfs.txt", "/data/v.txt", "/dev/shm/m.txt"} {
+		sequence(t, f, strings.Fields(dst.exec("a", "/workload", "cat", f)))
+	}
+	var ticks []string
+	for _, l := range strings.Split(strings.TrimSpace(dst.log("a")), "\n") {
+		f := strings.Fields(l)
+		ticks = append(ticks, f[len(f)-1])
+	}
+	sequence(t, "log", ticks)
+	eventually(t, "the source has ended", func() error {
+		if s := src.status("a"); s.State != cri.ContainerState_CONTAINER_EXITED || s.ExitCode != 137 {
+			return fmt.Errorf("%v, exit code %d", s.State, s.ExitCode)
+		}
+		return nil
+	})
+}
+
+// sequence checks that numbers count from 1 without a gap or a repetition.
+func sequence(t *testing.T, what string, got []string) {
+	t.Helper()
+	if len(got) < 20 {
+		t.Errorf("%s: only %d entries", what, len(got))
+	}
+	for i, s := range got {
+		if s != strconv.Itoa(i+1) {
+			t.Errorf("%s: entry %d is %s", what, i+1, s)
+			return
+		}
+	}
+}
+
+// TestMoveRedis is the demonstration: a redis keeps its keys, its identity and its
+// uptime.
+func TestMoveRedis(t *testing.T) {
+	n := start(t)
+	importImage(t, "podmig.test/redis:1", withLibraries(t, map[string]string{"/data/": "", "/tmp/": ""}, "/usr/bin/redis-server", "/usr/bin/redis-cli"), []string{"/usr/bin/redis-server"})
+	src, dst := n.runPod("redis-src"), n.runPod("redis-dst")
+	c := container{name: "redis", image: "podmig.test/redis:1", args: []string{"--save", "", "--dir", "/data", "--enable-debug-command", "yes"}}
+	src.start(c)
+	dst.create(c)
+	cli := func(p *pod, args ...string) string {
+		return p.exec("redis", append([]string{"/usr/bin/redis-cli"}, args...)...)
+	}
+	eventually(t, "redis answers", func() error {
+		_, err := src.tryExec("redis", "/usr/bin/redis-cli", "ping")
+		return err
+	})
+	cli(src, "debug", "populate", "1000000")
+	runID := field(cli(src, "info", "server"), "run_id")
+	before, _ := strconv.Atoi(field(cli(src, "info", "server"), "uptime_in_seconds"))
+
+	move(t, "redis", src, dst)
+
+	if size := cli(dst, "dbsize"); size != "1000000" {
+		t.Errorf("dbsize is %s", size)
+	}
+	if id := field(cli(dst, "info", "server"), "run_id"); id != runID || id == "" {
+		t.Errorf("run_id is %s instead of %s", id, runID)
+	}
+	if up, _ := strconv.Atoi(field(cli(dst, "info", "server"), "uptime_in_seconds")); up < before {
+		t.Errorf("uptime is %d after %d", up, before)
+	}
+	if got := cli(dst, "get", "key:999999"); got != "value:999999" {
+		t.Errorf("key:999999 is %q", got)
+	}
+	if l := dst.log("redis"); !strings.Contains(l, "Ready to accept connections") {
+		t.Errorf("the log of the source is missing:\n%s", l)
+	}
+}
+
+func field(info, name string) string {
+	for _, l := range strings.Split(info, "\n") {
+		if v, ok := strings.CutPrefix(strings.TrimSpace(l), name+":"); ok {
+			return v
+		}
+	}
+	return ""
+}

@@ -1,0 +1,70 @@
+package service
+
+import (
+	"context"
+	"time"
+
+	"podmig.dev/podmig/containerd-cri/runtime"
+)
+
+// State is the CRI state of a container.
+type State int
+
+const (
+	StateUnknown State = iota
+	StateCreated
+	StateRunning
+	StateExited
+)
+
+func (s State) String() string {
+	return [...]string{"unknown", "created", "running", "exited"}[s]
+}
+
+// Container is a container of the CRI service.
+type Container struct {
+	runtime.Container
+	SandboxID string
+	State     State
+	// ImageID is the digest of the image configuration.
+	ImageID   string
+	StartedAt time.Time
+	// LogPath is the file of the container's log, empty when it has none.
+	LogPath string
+	// UpperDir is the directory of the writable layer.
+	UpperDir string
+	// ShmDir is the pod's /dev/shm on the node, empty when it is the node's own.
+	ShmDir string
+	TTY    bool
+	Args   []string
+}
+
+// Restore says from what a created container is started.
+type Restore struct {
+	// Images is the directory of the CRIU images, Work takes CRIU's log.
+	Images string
+	Work   string
+	// Config is a CRIU configuration file.
+	Config string
+	// StartedAt is what the container reports as its start.
+	StartedAt time.Time
+}
+
+// Containers is the CRI service.
+type Containers interface {
+	// Get describes a container; the error wraps errdefs.ErrNotFound when there is
+	// none.
+	Get(ctx context.Context, id string) (Container, error)
+	// Start starts a created container from a checkpoint. Afterwards it is running
+	// like any other, or the error tells why not and none of its processes exists.
+	Start(ctx context.Context, id string, r Restore) error
+}
+
+// Scratch provides directories in memory.
+type Scratch interface {
+	// Create makes dir, which does not exist, a directory whose files are in memory
+	// only and readable for root only.
+	Create(dir string) error
+	// Remove removes dir with all files. It succeeds when there is none.
+	Remove(dir string) error
+}

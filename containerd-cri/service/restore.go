@@ -1,0 +1,392 @@
+package service
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/containerd/log"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"podmig.dev/podmig/containerd-cri/checkpoint"
+	migration "podmig.dev/podmig/cri-api/migration/v1alpha1"
+)
+
+// restoreRecord is the part of a session that outlives the process. After Verified
+// the restore needs only this and the images in memory.
+type restoreRecord struct {
+	ID         string
+	Request    []byte
+	Containers []Container
+	Volumes    map[string]string
+	Verified   bool
+	Manifest   *checkpoint.Manifest
+	Digest     string
+	Bytes      uint64
+}
+
+type restoreSession struct {
+	restoreRecord
+	dir      string
+	address  string
+	created  time.Time
+	ctx      context.Context
+	cancel   context.CancelFunc
+	listener net.Listener
+	// connected is closed when the writer came, done when the stream has ended and
+	// err is valid.
+	connected chan struct{}
+	done      chan struct{}
+	err       error
+
+	mu       sync.Mutex
+	restored map[string]bool
+	calls    sync.WaitGroup
+}
+
+func (r *restoreSession) containerIDs() []string {
+	var ids []string
+	for _, x := range r.Containers {
+		ids = append(ids, x.ID)
+	}
+	return ids
+}
+
+func (r *restoreSession) expired(limit time.Duration) bool {
+	select {
+	case <-r.connected:
+		return false
+	case <-r.done:
+		return false
+	default:
+		return time.Since(r.created) > limit
+	}
+}
+
+func (r *restoreSession) scratch() string { return filepath.Join(r.dir, scratchDir) }
+
+func (r *restoreSession) images(container string) string {
+	return filepath.Join(r.scratch(), "images-"+container)
+}
+
+// PrepareRestore implements migration.MigrationServiceServer.
+func (s *Service) PrepareRestore(ctx context.Context, r *migration.PrepareRestoreRequest) (*migration.PrepareRestoreResponse, error) {
+	if err := checkSession(r.SessionId); err != nil {
+		return nil, err
+	}
+	if err := checkOptions(r.Options); err != nil {
+		return nil, err
+	}
+	if r.StreamVersion != checkpoint.Version {
+		return nil, invalid("stream version %d is not one of this runtime's: [%d]", r.StreamVersion, checkpoint.Version)
+	}
+	if err := checkVolumes(r.Volumes); err != nil {
+		return nil, err
+	}
+	req, err := marshal(r)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if old := s.restores[r.SessionId]; old != nil {
+		if string(old.Request) != string(req) {
+			return nil, status.Errorf(codes.AlreadyExists, "session %q was prepared with other arguments", r.SessionId)
+		}
+		return &migration.PrepareRestoreResponse{StreamAddress: old.address}, nil
+	}
+	names := map[string]string{}
+	for _, c := range r.Containers {
+		names[c.ContainerId] = c.Name
+	}
+	cs, err := s.containers(ctx, r.PodSandboxId, names, len(r.Containers), StateCreated)
+	if err != nil {
+		return nil, err
+	}
+	session := &restoreSession{
+		restoreRecord: restoreRecord{ID: r.SessionId, Request: req, Containers: cs, Volumes: map[string]string{}},
+		dir:           s.sessionDir(sideRestore, r.SessionId),
+		created:       time.Now(),
+		connected:     make(chan struct{}),
+		done:          make(chan struct{}),
+		restored:      map[string]bool{},
+	}
+	for _, c := range cs {
+		if c.UpperDir == "" {
+			return nil, precondition("container %s has no writable layer that can be written: only the overlayfs snapshotter is supported", c.Name)
+		}
+		if c.TTY {
+			return nil, precondition("container %s has a terminal, which can not be moved: run it without tty", c.Name)
+		}
+	}
+	for _, v := range r.Volumes {
+		session.Volumes[v.Name] = v.HostPath
+	}
+	session.ctx, session.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	if err := s.openRestore(session); err != nil {
+		session.cancel()
+		_ = s.removeDir(session.dir)
+		return nil, toStatus(err)
+	}
+	s.restores[r.SessionId] = session
+	log.G(ctx).WithField("session", r.SessionId).Info("restore session prepared")
+	return &migration.PrepareRestoreResponse{StreamAddress: session.address}, nil
+}
+
+func (s *Service) openRestore(r *restoreSession) error {
+	if err := os.Mkdir(r.dir, 0o700); err != nil {
+		return err
+	}
+	if err := s.c.Scratch.Create(r.scratch()); err != nil {
+		return err
+	}
+	for _, c := range r.Containers {
+		if err := os.Mkdir(r.images(c.Name), 0o700); err != nil {
+			return err
+		}
+	}
+	if err := save(r.dir, r.restoreRecord); err != nil {
+		return err
+	}
+	l, address, err := listen(r.dir)
+	if err != nil {
+		return err
+	}
+	r.listener, r.address = l, address
+	s.background.Add(1)
+	go func() {
+		defer s.background.Done()
+		defer close(r.done)
+		conn := acceptOne(r.ctx, l)
+		if conn == nil {
+			r.err = status.Errorf(codes.Aborted, "session %q was finished before its stream began", r.ID)
+			return
+		}
+		close(r.connected)
+		defer conn.Close()
+		defer context.AfterFunc(r.ctx, func() { conn.Close() })()
+		_ = conn.SetDeadline(time.Now().Add(transferLimit))
+		r.err = s.receive(r, conn)
+		l := log.G(r.ctx).WithField("session", r.ID)
+		if r.err != nil {
+			l.WithError(r.err).Error("checkpoint refused")
+			return
+		}
+		l.WithField("bytes", r.Bytes).WithField("manifest", r.Digest).Info("checkpoint received")
+	}()
+	return nil
+}
+
+func (s *Service) receive(r *restoreSession, conn net.Conn) error {
+	sink := newRestoreSink(r)
+	defer sink.abort()
+	res, err := checkpoint.Read(conn, r.ID, sink, checkpoint.Limits{})
+	if err != nil {
+		if r.ctx.Err() != nil {
+			return status.Errorf(codes.Aborted, "session %q was finished while its stream ran", r.ID)
+		}
+		return toStatus(err)
+	}
+	if err := s.fits(r, res.Manifest, sink); err != nil {
+		return err
+	}
+	if err := sink.complete(); err != nil {
+		return toStatus(err)
+	}
+	rec := r.restoreRecord
+	rec.Verified, rec.Manifest, rec.Digest, rec.Bytes = true, res.Manifest, res.Digest, res.Bytes
+	if err := save(r.dir, rec); err != nil {
+		return toStatus(err)
+	}
+	// Field by field: others read the containers meanwhile.
+	r.Verified, r.Manifest, r.Digest, r.Bytes = true, rec.Manifest, rec.Digest, rec.Bytes
+	return nil
+}
+
+// fits compares the checkpoint with the containers it is meant for.
+func (s *Service) fits(r *restoreSession, m *checkpoint.Manifest, sink *restoreSink) error {
+	features, err := s.features()
+	if err != nil {
+		return toStatus(err)
+	}
+	if m.Source.Architecture != features.Architecture {
+		return precondition("the checkpoint was made on %s, this node is %s", m.Source.Architecture, features.Architecture)
+	}
+	if len(m.Containers) != len(r.Containers) || len(m.Volumes) != len(r.Volumes) {
+		return precondition("the checkpoint has %d containers and %d volumes, the session %d and %d", len(m.Containers), len(m.Volumes), len(r.Containers), len(r.Volumes))
+	}
+	for _, c := range r.Containers {
+		mc := m.Container(c.Name)
+		if mc == nil {
+			return precondition("the checkpoint has no container %s", c.Name)
+		}
+		if mc.ImageID != c.ImageID {
+			return precondition("container %s runs image %s on the source, %s here: their files differ", c.Name, mc.ImageID, c.ImageID)
+		}
+		for _, p := range []checkpoint.Part{
+			{Kind: checkpoint.KindRootfs, Container: c.Name},
+			{Kind: checkpoint.KindImage, Container: c.Name, Name: "inventory.img"},
+		} {
+			if !sink.seen[p] {
+				return toStatus(fmt.Errorf("%w: %s is missing", checkpoint.ErrFormat, p))
+			}
+		}
+	}
+	for name := range r.Volumes {
+		if !sink.seen[checkpoint.Part{Kind: checkpoint.KindVolume, Name: name}] {
+			return toStatus(fmt.Errorf("%w: volume %s is missing", checkpoint.ErrFormat, name))
+		}
+	}
+	return nil
+}
+
+func (s *Service) restore(id string) (*restoreSession, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := s.restores[id]
+	if r == nil {
+		return nil, status.Errorf(codes.NotFound, "no restore session %q", id)
+	}
+	return r, nil
+}
+
+// VerifyRestore implements migration.MigrationServiceServer.
+func (s *Service) VerifyRestore(ctx context.Context, q *migration.VerifyRestoreRequest) (*migration.VerifyRestoreResponse, error) {
+	r, err := s.restore(q.SessionId)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case <-r.done:
+	case <-ctx.Done():
+		return nil, toStatus(fmt.Errorf("session %q: the stream has not ended: %w", q.SessionId, ctx.Err()))
+	}
+	if r.err != nil {
+		return nil, r.err
+	}
+	return &migration.VerifyRestoreResponse{StreamBytes: r.Bytes, ManifestDigest: r.Digest}, nil
+}
+
+// RestoreContainer implements migration.MigrationServiceServer.
+func (s *Service) RestoreContainer(ctx context.Context, q *migration.RestoreContainerRequest) (*migration.RestoreContainerResponse, error) {
+	r, err := s.restore(q.SessionId)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case <-r.done:
+	default:
+		return nil, precondition("session %q has not received its checkpoint yet", q.SessionId)
+	}
+	if r.err != nil {
+		return nil, precondition("session %q has no checkpoint to restore: %v", q.SessionId, r.err)
+	}
+	var c *Container
+	for i := range r.Containers {
+		if r.Containers[i].ID == q.ContainerId {
+			c = &r.Containers[i]
+		}
+	}
+	if c == nil {
+		return nil, status.Errorf(codes.NotFound, "container %s is not part of session %q", q.ContainerId, q.SessionId)
+	}
+	r.mu.Lock()
+	if r.restored[c.ID] || r.ctx.Err() != nil {
+		r.mu.Unlock()
+		return nil, precondition("container %s was restored by an earlier call", c.Name)
+	}
+	// One attempt: a failed restore leaves an exited container behind.
+	r.restored[c.ID] = true
+	r.calls.Add(1)
+	r.mu.Unlock()
+	defer r.calls.Done()
+
+	work := filepath.Join(r.scratch(), "work-"+c.Name)
+	if err := os.MkdirAll(work, 0o700); err != nil {
+		return nil, toStatus(err)
+	}
+	conf := filepath.Join(r.scratch(), "criu.conf")
+	if err := os.WriteFile(conf, []byte(s.c.CRIUOptions), 0o600); err != nil {
+		return nil, toStatus(err)
+	}
+	start := time.Now()
+	err = s.c.Containers.Start(ctx, c.ID, Restore{
+		Images: r.images(c.Name), Work: work, Config: conf,
+		StartedAt: time.Unix(0, r.Manifest.Container(c.Name).StartedAt),
+	})
+	l := log.G(ctx).WithField("session", q.SessionId).WithField("container", c.ID)
+	if err != nil {
+		err = toStatus(fmt.Errorf("restore of container %s: %w", c.Name, err))
+		l.WithError(err).Error("restore failed")
+		return nil, err
+	}
+	now := time.Now()
+	l.WithField("duration", now.Sub(start)).Info("container restored")
+	return &migration.RestoreContainerResponse{ResumedAt: now.UnixNano(), RestoreDuration: int64(now.Sub(start))}, nil
+}
+
+// FinishRestore implements migration.MigrationServiceServer.
+func (s *Service) FinishRestore(ctx context.Context, q *migration.FinishRestoreRequest) (*migration.FinishRestoreResponse, error) {
+	if err := checkSession(q.SessionId); err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	r := s.restores[q.SessionId]
+	s.mu.Unlock()
+	if r != nil {
+		if err := s.endRestore(r); err != nil {
+			return nil, toStatus(err)
+		}
+		log.G(ctx).WithField("session", q.SessionId).Info("restore session finished")
+	}
+	return &migration.FinishRestoreResponse{}, nil
+}
+
+func (s *Service) endRestore(r *restoreSession) error {
+	r.mu.Lock()
+	r.cancel()
+	r.mu.Unlock()
+	if r.listener != nil {
+		_ = r.listener.Close()
+	}
+	<-r.done
+	// A restore that runs reads the images; it has deadlines of its own.
+	r.calls.Wait()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.restores[r.ID] != r {
+		return nil
+	}
+	if err := s.removeDir(r.dir); err != nil {
+		return err
+	}
+	delete(s.restores, r.ID)
+	return nil
+}
+
+func (s *Service) recoverRestores(ctx context.Context) error {
+	return s.load(ctx, sideRestore, func(dir string, b []byte) error {
+		r := &restoreSession{dir: dir, created: time.Now(), connected: make(chan struct{}), done: make(chan struct{}), restored: map[string]bool{}}
+		if err := json.Unmarshal(b, &r.restoreRecord); err != nil {
+			return err
+		}
+		if r.Verified && r.Manifest == nil {
+			return errors.New("a verified session without a manifest")
+		}
+		close(r.done)
+		if !r.Verified {
+			r.err = status.Errorf(codes.Aborted, "session %q lost its stream when the runtime was restarted", r.ID)
+		}
+		r.ctx, r.cancel = context.WithCancel(ctx)
+		s.restores[r.ID] = r
+		log.G(ctx).WithField("session", r.ID).WithField("verified", r.Verified).Info("took up a restore session")
+		return nil
+	})
+}

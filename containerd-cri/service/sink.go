@@ -1,0 +1,140 @@
+package service
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"podmig.dev/podmig/containerd-cri/checkpoint"
+	"podmig.dev/podmig/containerd-cri/checkpoint/tree"
+)
+
+// restoreSink puts the parts of a stream where the restore expects them: CRIU
+// images and memory into the session's directory, files into the writable layers
+// and volumes of the created containers. It takes only parts that the session has
+// a place for.
+type restoreSink struct {
+	r    *restoreSession
+	seen map[checkpoint.Part]bool
+	open map[checkpoint.PartSink]func()
+}
+
+func newRestoreSink(r *restoreSession) *restoreSink {
+	return &restoreSink{r: r, seen: map[checkpoint.Part]bool{}, open: map[checkpoint.PartSink]func(){}}
+}
+
+func (k *restoreSink) container(name string) *Container {
+	for i := range k.r.Containers {
+		if k.r.Containers[i].Name == name {
+			return &k.r.Containers[i]
+		}
+	}
+	return nil
+}
+
+// Begin implements checkpoint.Sink.
+func (k *restoreSink) Begin(p checkpoint.Part) (checkpoint.PartSink, error) {
+	sink, err := k.begin(p)
+	if err != nil {
+		return nil, err
+	}
+	k.seen[p] = true
+	return sink, nil
+}
+
+func (k *restoreSink) begin(p checkpoint.Part) (checkpoint.PartSink, error) {
+	var c *Container
+	if p.Container != "" {
+		if c = k.container(p.Container); c == nil {
+			return nil, fmt.Errorf("%w: this session has no container %q", checkpoint.ErrFormat, p.Container)
+		}
+	}
+	switch p.Kind {
+	case checkpoint.KindImage:
+		return k.file(filepath.Join(k.r.images(c.Name), p.Name), os.O_WRONLY|os.O_CREATE|os.O_EXCL)
+	case checkpoint.KindLog:
+		if c.LogPath == "" {
+			return discard{}, nil
+		}
+		return k.file(c.LogPath, os.O_WRONLY|os.O_CREATE|os.O_TRUNC)
+	case checkpoint.KindRootfs:
+		return k.tree(c.UpperDir, p.Kind)
+	case checkpoint.KindVolume:
+		dir, ok := k.r.Volumes[p.Name]
+		if !ok {
+			return nil, fmt.Errorf("%w: this session has no volume %q", checkpoint.ErrFormat, p.Name)
+		}
+		return k.tree(dir, p.Kind)
+	case checkpoint.KindShm:
+		dir := k.r.Containers[0].ShmDir
+		if dir == "" {
+			return nil, fmt.Errorf("%w: the source has a /dev/shm of its own, this pod uses the node's", checkpoint.ErrFormat)
+		}
+		return k.tree(dir, p.Kind)
+	}
+	return nil, fmt.Errorf("%w: no place for a part of kind %s", checkpoint.ErrFormat, p.Kind)
+}
+
+func (k *restoreSink) file(path string, flags int) (checkpoint.PartSink, error) {
+	f, err := openRegular(path, flags)
+	if err != nil {
+		return nil, err
+	}
+	s := &fileSink{f: f, closed: func(s *fileSink) { delete(k.open, s) }}
+	k.open[s] = func() { f.Close() }
+	return s, nil
+}
+
+func (k *restoreSink) tree(dir string, kind checkpoint.Kind) (checkpoint.PartSink, error) {
+	t, err := tree.Receive(dir, kind)
+	if err != nil {
+		return nil, err
+	}
+	k.open[t] = t.Abort
+	return t, nil
+}
+
+// Round implements checkpoint.Sink.
+func (k *restoreSink) Round(checkpoint.Round) error { return nil }
+
+// complete makes the images ready for CRIU.
+func (k *restoreSink) complete() error { return nil }
+
+// abort closes what an interrupted stream has left open.
+func (k *restoreSink) abort() {
+	for _, f := range k.open {
+		f()
+	}
+}
+
+// fileSink writes one plain file.
+type fileSink struct {
+	f      *os.File
+	closed func(*fileSink)
+}
+
+func (s *fileSink) Entry(*checkpoint.Entry) error {
+	return fmt.Errorf("%w: an entry in a file", checkpoint.ErrFormat)
+}
+
+func (s *fileSink) Data(off int64, b []byte) error {
+	_, err := s.f.WriteAt(b, off)
+	return err
+}
+
+func (s *fileSink) Pages(uint32, uint64, uint32, []byte) error {
+	return fmt.Errorf("%w: pages in a file", checkpoint.ErrFormat)
+}
+
+func (s *fileSink) Close() error {
+	s.closed(s)
+	return s.f.Close()
+}
+
+// discard takes the log for a container that keeps none.
+type discard struct{}
+
+func (discard) Entry(*checkpoint.Entry) error              { return nil }
+func (discard) Data(int64, []byte) error                   { return nil }
+func (discard) Pages(uint32, uint64, uint32, []byte) error { return nil }
+func (discard) Close() error                               { return nil }
