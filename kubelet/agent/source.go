@@ -1,0 +1,395 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"sync"
+
+	v1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	cri "podmig.dev/podmig/cri-api/migration/v1alpha1"
+	"podmig.dev/podmig/kubelet/apis/migration/v1alpha1"
+	"podmig.dev/podmig/kubelet/guard"
+	"podmig.dev/podmig/kubelet/migration"
+	"podmig.dev/podmig/kubelet/wire"
+)
+
+// source is a migration away from this node.
+type source struct {
+	a *Agent
+	d *driver
+	m *migration.Source
+	// offer is the answer to open; it is the same however often it is asked.
+	offer *wire.OpenResponse
+
+	mu       sync.Mutex
+	requests map[migration.RequestID]chan<- reply
+	last     migration.RequestID
+	// cut ends the stream that is being sent.
+	cut context.CancelFunc
+	// free is closed while nothing keeps the kubelet from the pod, nil-safe through
+	// guardPod and unguardPod.
+	free chan struct{}
+	held bool
+}
+
+// reply is what the engine says to one request.
+type reply struct {
+	err    error
+	frozen *migration.FreezeFacts
+	// address is set for a stream.
+	address string
+}
+
+func (a *Agent) addSource(m *migration.Source) *source {
+	id := m.Identity()
+	s := &source{a: a, m: m, requests: make(map[migration.RequestID]chan<- reply), free: make(chan struct{})}
+	close(s.free)
+	s.d = newDriver(a.ctx, migration.SideSource, m, a.cfg.Journal)
+	s.d.perform = s.perform
+	a.mu.Lock()
+	a.sources[id.Session] = s
+	a.pods[id.SourceUID] = id.Session
+	a.mu.Unlock()
+	a.run(s.d, func() { a.removeSource(s) })
+	return s
+}
+
+func (a *Agent) removeSource(s *source) {
+	id := s.d.identity()
+	s.unguardPod()
+	a.suspendProbes(id.SourceUID, false)
+	s.mu.Lock()
+	for r, ch := range s.requests {
+		ch <- reply{err: s.ended()}
+		delete(s.requests, r)
+	}
+	s.mu.Unlock()
+	a.cfg.Metrics.sourceEnded(s.state())
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	// The session stays known until another one opens the pod, so that a repeated
+	// request gets the answer that it would have got.
+	delete(a.pods, id.SourceUID)
+}
+
+// ended is the answer to whoever asks a session that is over.
+func (s *source) ended() *wire.Error {
+	switch s.state() {
+	case migration.SourceReleased:
+		return wire.Errorf(wire.CodeReleased, "the source was stopped, the clone has taken over")
+	case migration.SourceReturned:
+		return wire.Errorf(wire.CodeReturned, "the source runs again, the clone could not be restored")
+	}
+	return wire.Errorf(wire.CodeAborted, "the migration ended before the commit, the source runs")
+}
+
+func (s *source) state() migration.SourceState {
+	s.d.step.Lock()
+	defer s.d.step.Unlock()
+	return s.m.State()
+}
+
+func (s *source) terminal() bool {
+	select {
+	case <-s.d.done:
+		return true
+	default:
+		return false
+	}
+}
+
+func (s *source) guarded() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.held
+}
+
+// guardPod keeps the kubelet and its users from the containers. What wants to stop
+// them cancels the migration and waits until the engine lets go.
+func (s *source) guardPod() {
+	id := s.d.identity()
+	s.mu.Lock()
+	if !s.held {
+		s.held = true
+		s.free = make(chan struct{})
+	}
+	free := s.free
+	s.mu.Unlock()
+	s.a.cfg.Guard.Set(id.SourceUID, guard.Hold{
+		Refuse: fmt.Sprintf("the pod is frozen for its migration to pod %s on node %s; try again there in a moment", id.ClonePod, id.PeerNode),
+		BeforeStop: func(ctx context.Context) error {
+			s.d.post(migration.Cancelled{Message: "the source pod is being stopped"})
+			select {
+			case <-free:
+				return nil
+			case <-s.d.done:
+				return nil
+			case <-ctx.Done():
+				return fmt.Errorf("the pod was given away to pod %s on node %s, which has not yet said what became of it: %w", id.ClonePod, id.PeerNode, ctx.Err())
+			}
+		},
+	})
+}
+
+func (s *source) unguardPod() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.held {
+		s.held = false
+		close(s.free)
+	}
+	s.a.cfg.Guard.Release(s.d.identity().SourceUID)
+}
+
+// ask hands a request to the engine and waits for its answer.
+func (s *source) ask(ctx context.Context, event func(migration.RequestID) migration.Event) (reply, error) {
+	ch := make(chan reply, 1)
+	s.mu.Lock()
+	s.last++
+	id := s.last
+	s.requests[id] = ch
+	s.mu.Unlock()
+	s.d.post(event(id))
+	select {
+	case r := <-ch:
+		return r, r.err
+	case <-s.d.done:
+		if s.a.ctx.Err() != nil {
+			return reply{}, wire.Errorf(wire.CodeUnavailable, "%v", ErrClosed)
+		}
+		select {
+		case r := <-ch:
+			return r, r.err
+		default:
+			return reply{}, s.ended()
+		}
+	case <-ctx.Done():
+		s.mu.Lock()
+		delete(s.requests, id)
+		s.mu.Unlock()
+		return reply{}, ctx.Err()
+	}
+}
+
+func (s *source) answer(id migration.RequestID, r reply) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if ch, ok := s.requests[id]; ok {
+		ch <- r
+		delete(s.requests, id)
+	}
+}
+
+// perform carries out the effects of the source.
+func (s *source) perform(effect migration.Effect) {
+	id := s.d.identity()
+	switch e := effect.(type) {
+	case migration.Answer:
+		r := reply{frozen: e.Frozen}
+		if e.Code != "" {
+			r.err = &wire.Error{Code: wire.Code(e.Code), Message: e.Message}
+		}
+		s.answer(e.Request, r)
+	case migration.SendStream:
+		s.answer(e.Request, reply{address: e.Address})
+	case migration.CutStream:
+		s.mu.Lock()
+		if s.cut != nil {
+			s.cut()
+		}
+		s.mu.Unlock()
+	case migration.GuardPod:
+		s.guardPod()
+	case migration.UnguardPod:
+		s.unguardPod()
+	case migration.SuspendProbes:
+		s.a.suspendProbes(id.SourceUID, true)
+	case migration.ResumeProbes:
+		s.a.suspendProbes(id.SourceUID, false)
+	case migration.Report:
+		s.d.start(func(ctx context.Context) { s.report(ctx, e) })
+	case migration.PrepareCheckpoint:
+		s.d.callRuntime(s.prepare)
+	case migration.FreezeCheckpoint:
+		s.d.callRuntime(s.freeze)
+	case migration.FinishCheckpoint:
+		s.d.finishRuntime(func(ctx context.Context) { s.finish(ctx, e.Outcome) })
+	case migration.MarkMigrated:
+		s.d.start(s.mark)
+	case migration.AskTarget:
+		s.d.start(s.askTarget)
+	default:
+		s.d.log.Error(nil, "Source cannot carry out the effect", "effect", effect)
+	}
+}
+
+func (s *source) report(ctx context.Context, e migration.Report) {
+	if pod, ok := s.a.cfg.Node.Pod(s.d.identity().SourceUID); ok {
+		s.a.cfg.Node.Event(ctx, pod, e.Warning, string(e.Reason), e.Message)
+	}
+}
+
+func (s *source) fail(op migration.Op, err error) {
+	s.d.log.Error(err, "Migration step did not work", "operation", op)
+	s.d.post(migration.RuntimeFailed{Op: op, Message: message(err)})
+}
+
+func (s *source) prepare(ctx context.Context) {
+	id := s.d.identity()
+	req := &cri.PrepareCheckpointRequest{
+		SessionId:     id.Session,
+		PodSandboxId:  id.SandboxID,
+		StreamVersion: cri.StreamVersion,
+	}
+	for _, c := range id.Containers {
+		req.Containers = append(req.Containers, &cri.CheckpointContainer{ContainerId: c.ID, Name: c.Name})
+	}
+	pod, ok := s.a.cfg.Node.Pod(id.SourceUID)
+	if !ok {
+		s.fail(migration.OpPrepareCheckpoint, fmt.Errorf("the source pod is not on this node any more"))
+		return
+	}
+	req.Volumes = volumes(s.a.cfg.Node, pod)
+	resp, err := s.a.cfg.Runtime.PrepareCheckpoint(ctx, req)
+	if err != nil {
+		s.fail(migration.OpPrepareCheckpoint, err)
+		return
+	}
+	s.d.post(migration.CheckpointPrepared{Address: resp.StreamAddress})
+}
+
+// volumes are the volumes whose content moves with the pod.
+func volumes(n Node, pod *v1.Pod) []*cri.Volume {
+	var vs []*cri.Volume
+	for _, v := range pod.Spec.Volumes {
+		if v.EmptyDir != nil {
+			vs = append(vs, &cri.Volume{Name: v.Name, HostPath: n.EmptyDir(string(pod.UID), v.Name)})
+		}
+	}
+	return vs
+}
+
+func (s *source) freeze(ctx context.Context) {
+	resp, err := s.a.cfg.Runtime.FreezeCheckpoint(ctx, &cri.FreezeCheckpointRequest{SessionId: s.d.identity().Session})
+	if err != nil {
+		s.fail(migration.OpFreeze, err)
+		return
+	}
+	s.a.cfg.Metrics.frozen(resp)
+	s.d.log.Info("Source pod is frozen", "bytes", resp.StreamBytes, "finalBytes", resp.FinalBytes,
+		"freezeNanoseconds", resp.FreezeDuration, "dumpNanoseconds", resp.DumpDuration)
+	s.d.post(migration.CheckpointFrozen{Facts: migration.FreezeFacts{
+		FrozenAt: resp.FrozenAt, StreamBytes: resp.StreamBytes, FinalBytes: resp.FinalBytes,
+		FreezeDuration: resp.FreezeDuration, DumpDuration: resp.DumpDuration,
+	}})
+}
+
+func (s *source) finish(ctx context.Context, outcome migration.FinishOutcome) {
+	id := s.d.identity()
+	req := &cri.FinishCheckpointRequest{SessionId: id.Session, Outcome: cri.Outcome_OUTCOME_RESUME}
+	if outcome == migration.FinishStop {
+		req.Outcome = cri.Outcome_OUTCOME_STOP
+	}
+	for _, c := range id.Containers {
+		req.ContainerIds = append(req.ContainerIds, c.ID)
+	}
+	if _, err := s.a.cfg.Runtime.FinishCheckpoint(ctx, req); err != nil {
+		s.fail(migration.OpFinishCheckpoint, err)
+		return
+	}
+	s.d.post(migration.CheckpointFinished{})
+}
+
+// mark ends the source pod for good. The pod worker is told first, so that nothing
+// is started in the pod when its containers end; then the API server gets the status
+// at once, not when the last container is gone.
+func (s *source) mark(ctx context.Context) {
+	id := s.d.identity()
+	change := func(st *v1.PodStatus) { markMigrated(st, id) }
+	if pod, ok := s.a.cfg.Node.Pod(id.SourceUID); ok {
+		s.a.cfg.Node.Terminate(ctx, pod, change)
+	}
+	err := s.a.cfg.API.PatchStatus(ctx, id.Namespace, id.SourcePod, id.SourceUID, change)
+	if err != nil && !apierrors.IsNotFound(err) {
+		s.fail(migration.OpMark, fmt.Errorf("write the final status of the source pod: %w", err))
+		return
+	}
+	s.d.post(migration.SourceMarked{})
+}
+
+// markMigrated writes what a source pod looks like after it was taken over.
+func markMigrated(st *v1.PodStatus, id migration.Identity) {
+	text := fmt.Sprintf("The pod runs on as pod %s on node %s.", id.ClonePod, id.PeerNode)
+	st.Phase = v1.PodFailed
+	st.Reason = v1alpha1.ReasonMigrated
+	st.Message = text
+	setCondition(st, v1.PodCondition{
+		Type: v1.DisruptionTarget, Status: v1.ConditionTrue, Reason: v1alpha1.ReasonMigrated, Message: text,
+	})
+}
+
+// setCondition replaces a condition, keeping its transition time when the status
+// stays the same.
+func setCondition(st *v1.PodStatus, c v1.PodCondition) {
+	c.LastTransitionTime = metav1.Now()
+	for i := range st.Conditions {
+		if st.Conditions[i].Type != c.Type {
+			continue
+		}
+		if st.Conditions[i].Status == c.Status {
+			c.LastTransitionTime = st.Conditions[i].LastTransitionTime
+		}
+		st.Conditions[i] = c
+		return
+	}
+	st.Conditions = append(st.Conditions, c)
+}
+
+// askTarget finds out what became of the clone: its kubelet knows best, its status
+// knows when the kubelet has forgotten.
+func (s *source) askTarget(ctx context.Context) {
+	id := s.d.identity()
+	outcome := func(o migration.Outcome, reason migration.Reason, text string) {
+		s.d.post(migration.TargetAnswered{Outcome: o, Reason: reason, Message: text})
+	}
+	p, err := s.a.peer(ctx, id.PeerNode)
+	if err != nil {
+		outcome(migration.OutcomeUnknown, "", err.Error())
+		return
+	}
+	defer p.Close()
+	w := session(id)
+	w.Pod = id.ClonePod
+	resp, err := p.Outcome(ctx, w)
+	if err != nil {
+		outcome(migration.OutcomeUnknown, "", err.Error())
+		return
+	}
+	if resp.Outcome == wire.OutcomeGone {
+		// A kubelet that has forgotten a finished clone says the same as one that never
+		// had it; the condition tells them apart.
+		clone, err := s.a.cfg.API.Pod(ctx, id.Namespace, id.ClonePod)
+		switch {
+		case apierrors.IsNotFound(err):
+		case err != nil:
+			outcome(migration.OutcomeUnknown, "", err.Error())
+			return
+		case string(clone.UID) == id.Session && IsCloned(clone):
+			outcome(migration.OutcomeRestored, "", "")
+			return
+		}
+	}
+	outcome(migration.Outcome(resp.Outcome), migration.Reason(resp.Reason), resp.Message)
+}
+
+// streamOut is the body of a stream that is sent to the peer.
+type streamOut struct {
+	io.Reader
+	close func() error
+}
+
+func (s streamOut) Close() error { return s.close() }
