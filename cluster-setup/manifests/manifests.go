@@ -1,0 +1,15 @@
+// Package manifests carries the Kubernetes objects and policies that a cluster with pod migration needs, as files that an
+// operator can also apply by hand.
+package manifests
+
+import _ "embed"
+
+// RBAC gives the API server its rights on kubelets and nodes theirs on each other's migration endpoint.
+//
+//go:embed rbac.yaml
+var RBAC []byte
+
+// AuditPolicy writes one line of metadata per request.
+//
+//go:embed audit-policy.yaml
+var AuditPolicy []byte
