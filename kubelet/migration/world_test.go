@@ -1,0 +1,156 @@
+package migration_test
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"podmig.dev/podmig/kubelet/migration/migrationtest"
+)
+
+// trace keeps the story of a world for the case that it ends badly.
+type trace struct{ lines []string }
+
+func (t *trace) log(s string)   { t.lines = append(t.lines, s) }
+func (t *trace) String() string { return strings.Join(t.lines, "\n") }
+
+// TestHappyPath: with nothing going wrong the pod moves.
+func TestHappyPath(t *testing.T) {
+	var tr trace
+	w := migrationtest.New(tr.log)
+	if err := w.Finish(); err != nil {
+		t.Fatalf("%v\n%s", err, &tr)
+	}
+	if w.Recorded != "True" {
+		t.Fatalf("%s\n%s", w.Summary(), &tr)
+	}
+}
+
+// TestRandom: whatever happens in whatever order, never two copies, and in the end
+// one. A failure prints its seed.
+func TestRandom(t *testing.T) {
+	runs := 60000
+	if testing.Short() {
+		runs = 3000
+	}
+	seed := rand.Uint64()
+	t.Logf("first seed %d", seed)
+	outcomes := map[string]int{}
+	for i := range runs {
+		s := seed + uint64(i)
+		if err := random(s, nil, outcomes); err != nil {
+			var tr trace
+			_ = random(s, tr.log, outcomes)
+			t.Fatalf("seed %d: %v\n%s", s, err, &tr)
+		}
+	}
+	t.Logf("%v", outcomes)
+	for _, want := range []string{"True", "False", "off"} {
+		if outcomes[want] < runs/200 {
+			t.Errorf("only %d of %d runs ended %q; the test does not reach what it claims", outcomes[want], runs, want)
+		}
+	}
+}
+
+func random(seed uint64, log func(string), outcomes map[string]int) error {
+	r := rand.New(rand.NewPCG(seed, seed))
+	w := migrationtest.New(log)
+	err := w.Random(10+r.IntN(90), r.IntN)
+	if strings.Contains(w.Summary(), " off,") {
+		outcomes["off"]++
+	} else {
+		outcomes[w.Recorded]++
+	}
+	return err
+}
+
+// TestEveryFault: one thing goes wrong, at every step of a migration.
+func TestEveryFault(t *testing.T) {
+	n := explore(t, 1)
+	t.Logf("%d worlds", n)
+}
+
+// TestEveryPairOfFaults: two things go wrong, each at every step.
+func TestEveryPairOfFaults(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a while")
+	}
+	n := explore(t, 2)
+	t.Logf("%d worlds", n)
+}
+
+// explore runs one world for every way to put up to depth faults, timers or wishes
+// into the course of things.
+func explore(t *testing.T, depth int) int {
+	t.Helper()
+	n := 0
+	var try func(path []string, at []int, which []int, depth int)
+	try = func(path []string, at, which []int, depth int) {
+		for step := 0; ; step++ {
+			if len(at) > 0 && step < at[len(at)-1] {
+				step = at[len(at)-1]
+			}
+			for choice := 0; ; choice++ {
+				name, ok, err := replay(append(at[:len(at):len(at)], step), append(which[:len(which):len(which)], choice), nil)
+				if !ok {
+					if choice == 0 {
+						return
+					}
+					break
+				}
+				n++
+				here := append(path[:len(path):len(path)], fmt.Sprintf("step %d: %s", step, name))
+				if err != nil {
+					var tr trace
+					_, _, _ = replay(append(at[:len(at):len(at)], step), append(which[:len(which):len(which)], choice), tr.log)
+					t.Fatalf("%s: %v\n%s", strings.Join(here, ", "), err, &tr)
+				}
+				if depth > 1 {
+					try(here, append(at[:len(at):len(at)], step), append(which[:len(which):len(which)], choice), depth-1)
+				}
+			}
+		}
+	}
+	try(nil, nil, nil, depth)
+	return n
+}
+
+// replay runs a world in which the which[i]th thing that can go wrong does so before
+// step at[i]; ok is false when there is no such thing.
+func replay(at, which []int, log func(string)) (name string, ok bool, err error) {
+	w := migrationtest.New(log)
+	step := 0
+	for i := range at {
+		for ; step < at[i]; step++ {
+			if !w.Next() {
+				return "", false, nil
+			}
+		}
+		a, found := w.Nth(which[i])
+		if !found {
+			return "", false, nil
+		}
+		name = a.Name
+		w.Do(a)
+	}
+	return name, true, w.Finish()
+}
+
+func FuzzWorld(f *testing.F) {
+	f.Add([]byte("everything goes wrong at once, and then again"))
+	f.Fuzz(func(t *testing.T, choices []byte) {
+		i := 0
+		var tr trace
+		w := migrationtest.New(tr.log)
+		if err := w.Random(len(choices), func(n int) int {
+			if i >= len(choices) {
+				return -1
+			}
+			i++
+			return int(choices[i-1]) % n
+		}); err != nil {
+			t.Fatalf("%v\n%s", err, &tr)
+		}
+	})
+}
