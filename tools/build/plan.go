@@ -22,9 +22,11 @@ type step struct {
 	args []string
 	// packages are the programs to build.
 	packages []string
+	// folder is below .build/bin, empty for .build/bin itself.
+	folder string
 	// rename gives a single program a file name other than its package's.
 	rename string
-	// binaries are the files that exist afterwards.
+	// binaries are the files that exist afterwards, relative to .build/bin.
 	binaries []string
 }
 
@@ -63,8 +65,7 @@ func plan(root string, v map[string]versions) ([]step, error) {
 	}
 	x = append(x,
 		"github.com/containerd/containerd/v2/version.Version="+cd.text,
-		"github.com/containerd/containerd/v2/version.Revision="+cd.revision,
-		"github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion="+v["cni"].text)
+		"github.com/containerd/containerd/v2/version.Revision="+cd.revision)
 
 	// One call for everything that shares flags: the packages are loaded once. The linker ignores variables of
 	// packages that a program does not contain.
@@ -78,9 +79,6 @@ func plan(root string, v map[string]versions) ([]step, error) {
 	}
 	for _, p := range containerdPrograms {
 		main.add("github.com/containerd/containerd/v2/cmd/"+p, p)
-	}
-	for _, p := range cniPrograms {
-		main.add("github.com/containernetworking/plugins/plugins/"+p, filepath.Base(p))
 	}
 	done := map[string]bool{}
 	for _, w := range wrapped {
@@ -101,8 +99,19 @@ func plan(root string, v map[string]versions) ([]step, error) {
 		}
 	}
 
+	cni := step{
+		// A folder of its own, because containerd is given the whole folder.
+		name: "cni", folder: "cni", env: []string{"CGO_ENABLED=0"},
+		args: []string{"-ldflags=-s -w" + linkFlags([]string{
+			"github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion=" + v["cni"].text})},
+	}
+	for _, p := range cniPrograms {
+		cni.add("github.com/containernetworking/plugins/plugins/"+p, "cni/"+filepath.Base(p))
+	}
+
 	steps := []step{
 		main,
+		cni,
 		{
 			// The package is called server.
 			name: "etcd", env: []string{"CGO_ENABLED=0"}, args: []string{"-ldflags=-s -w"},

@@ -113,16 +113,18 @@ func removeStrangers(dir string, binaries []string) error {
 	for _, b := range binaries {
 		known[b] = true
 	}
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return fmt.Errorf("list binaries: %w", err)
-	}
-	for _, e := range entries {
-		if !known[e.Name()] && e.Type().IsRegular() {
-			if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
-				return fmt.Errorf("remove old binary: %w", err)
-			}
+	err := filepath.WalkDir(dir, func(name string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
 		}
+		rel, err := filepath.Rel(dir, name)
+		if err != nil || known[filepath.ToSlash(rel)] {
+			return err
+		}
+		return os.Remove(name)
+	})
+	if err != nil {
+		return fmt.Errorf("remove old binaries: %w", err)
 	}
 	return nil
 }
@@ -133,7 +135,7 @@ func (s step) run(ctx context.Context, root string, log io.Writer) error {
 	start := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, stepTimeout)
 	defer cancel()
-	bin := filepath.Join(root, ".build", "bin") + string(filepath.Separator)
+	bin := filepath.Join(root, ".build", "bin", s.folder) + string(filepath.Separator)
 	if err := os.MkdirAll(bin, 0o755); err != nil {
 		return fmt.Errorf("make binary folder: %w", err)
 	}

@@ -171,7 +171,7 @@ func (r Repo) Drift(u Upstream, version string) ([]Drifted, error) {
 func conflict(err error) string {
 	var lines []string
 	for line := range strings.Lines(err.Error()) {
-		if line = strings.TrimSpace(line); strings.HasPrefix(line, "error:") {
+		if line = strings.TrimSpace(line); strings.HasPrefix(line, "error:") && !strings.Contains(line, "while searching for") {
 			lines = append(lines, strings.TrimPrefix(line, "error: "))
 		}
 	}

@@ -175,9 +175,11 @@ func parseDiff(lines []string) ([]FileChange, error) {
 				f.Removed++
 				old--
 			case strings.HasPrefix(l, `\`):
-			default:
+			case (l == "" || l[0] == ' ') && old > 0 && now > 0:
 				old--
 				now--
+			default:
+				return nil, fmt.Errorf("%s: hunk ends early", f.Name)
 			}
 		}
 	}
