@@ -282,6 +282,7 @@ func (s *Source) inFreezing(e Event) bool {
 		if s.waiting(VerbCommit) {
 			s.give()
 		}
+		s.emit(Report{Reason: ReasonFrozen, Message: "The pod is frozen for the last part of its move."})
 		return true
 	case StreamSent:
 		s.cut = false
@@ -322,6 +323,9 @@ func (s *Source) inGiving(e Event) bool {
 		// so the pod is taken back the long way.
 		s.pend(e.Request, VerbFailed)
 		s.takeBack, s.reason, s.message = true, e.Reason, e.Message
+	case PeerFenced:
+		// The same, on somebody else's word.
+		s.takeBack, s.reason, s.message = true, ReasonReturned, e.Message
 	case JournalWritten:
 		if e.Seq != s.seq {
 			break
@@ -357,7 +361,7 @@ func (s *Source) inGiving(e Event) bool {
 		}
 	case AbortRequested:
 		s.refuse(e.Request, VerbAbort, CodeGivenAway, "the pod is being given away")
-	case Cancelled, RuntimeRestarted, RuntimeFailed, StreamBroken, StreamSent, PeerFenced:
+	case Cancelled, RuntimeRestarted, RuntimeFailed, StreamBroken, StreamSent:
 		// The target has everything; the record decides.
 	default:
 		return s.common(e, CodeWrongState, "the pod is being given away")

@@ -56,7 +56,7 @@ func TestRandom(t *testing.T) {
 func random(seed uint64, log func(string), outcomes map[string]int) error {
 	r := rand.New(rand.NewPCG(seed, seed))
 	w := migrationtest.New(log)
-	err := w.Random(10+r.IntN(90), r.IntN)
+	err := w.Random(10+r.IntN(90), 3+r.IntN(60), r.IntN)
 	if strings.Contains(w.Summary(), " off,") {
 		outcomes["off"]++
 	} else {
@@ -143,7 +143,7 @@ func FuzzWorld(f *testing.F) {
 		i := 0
 		var tr trace
 		w := migrationtest.New(tr.log)
-		if err := w.Random(len(choices), func(n int) int {
+		if err := w.Random(len(choices), 4, func(n int) int {
 			if i >= len(choices) {
 				return -1
 			}

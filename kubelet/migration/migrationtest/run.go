@@ -35,9 +35,9 @@ func (w *World) next() (Action, bool) {
 }
 
 // Random carries out up to steps actions that choose picks, then Finish. choose gets
-// a number and returns a smaller one, or a negative one to stop. Faults become rarer
-// when choose is uniform, because they outnumber everything else.
-func (w *World) Random(steps int, choose func(n int) int) error {
+// a number and returns a smaller one, or a negative one to stop. One step in calm is
+// something that goes wrong, passes or is wanted by somebody.
+func (w *World) Random(steps, calm int, choose func(n int) int) error {
 	for range steps {
 		if err := w.Check(); err != nil {
 			return err
@@ -46,12 +46,11 @@ func (w *World) Random(steps int, choose func(n int) int) error {
 		if len(all) == 0 {
 			break
 		}
-		// Two thirds of the steps go forward, or there would be little to break.
 		kinds := map[bool][]Action{}
 		for _, a := range all {
 			kinds[a.Kind == Normal] = append(kinds[a.Kind == Normal], a)
 		}
-		c := choose(6)
+		c := choose(calm)
 		if c < 0 {
 			break
 		}
