@@ -14,9 +14,24 @@ help: ## Show this menu
 		/^[a-z0-9-]+:.*##/ {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 ##@ Build
+# What building, the node image and the local cluster call on the host. Only what is missing is installed.
+PACKAGES := ca-certificates gcc git iproute2 iptables kmod libc6-dev libseccomp-dev mmdebstrap nftables pkg-config protobuf-compiler
+ONLY ?=
+
+.PHONY: deps
+deps: ## Check the Go toolchain, install missing Debian packages
+	@command -v go >/dev/null || { echo "no Go toolchain: install Go $$(awk '$$1 == "go" {print $$2}' go.mod) or newer and put it into PATH"; exit 1; }
+	@go version >/dev/null 2>&1 || { echo "the Go toolchain is too old for this project:"; GOTOOLCHAIN=local go version; grep '^go ' go.mod; exit 1; }
+	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+		echo "deps: installing" $$missing; mkdir -p .build/log; \
+		{ apt-get -o Acquire::Check-Valid-Until=false update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$missing; } \
+			>.build/log/deps.log 2>&1 || { tail -n 20 .build/log/deps.log; echo "deps: could not install" $$missing "(as root, on Debian 12 or 13; all of it in .build/log/deps.log)"; exit 1; }; \
+	fi
+
 .PHONY: build
-build: ## Patch and compile everything into .build/bin
-	@go run ./tools/cmd/podmig-build
+build: deps ## Patch and compile everything into .build/bin [ONLY=kubernetes|containerd|podmig|...]
+	@go run ./tools/cmd/podmig-build $(if $(ONLY),--only $(ONLY))
 
 .PHONY: assemble
 assemble: ## Copy upstream's sources, apply the patch queue, generate code

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strings"
 
@@ -63,22 +64,18 @@ func plan(root string, v map[string]versions) ([]step, error) {
 			pkg+".gitVersion="+kube.text, pkg+".gitCommit="+kube.revision, pkg+".gitTreeState=clean",
 			pkg+".gitMajor="+major, pkg+".gitMinor="+minor, pkg+".buildDate="+kube.time)
 	}
-	x = append(x,
-		"github.com/containerd/containerd/v2/version.Version="+cd.text,
-		"github.com/containerd/containerd/v2/version.Revision="+cd.revision)
-
-	// One call for everything that shares flags: the packages are loaded once. The linker ignores variables of
-	// packages that a program does not contain.
-	main := step{
-		name: "programs",
-		env:  []string{"CGO_ENABLED=0"},
-		args: []string{"-modfile=.build/go.mod", "-tags=podmig_patched", "-ldflags=-s -w" + linkFlags(x)},
-	}
+	// Programs that share link flags share a call, so that their packages are loaded once; a change of one queue does
+	// not link the other upstream's programs again.
+	kubernetes := patchedStep("kubernetes", x)
 	for _, p := range kubernetesPrograms {
-		main.add("k8s.io/kubernetes/cmd/"+p, p)
+		kubernetes.add("k8s.io/kubernetes/cmd/"+p, p)
 	}
+	containerd := patchedStep("containerd", []string{
+		"github.com/containerd/containerd/v2/version.Version=" + cd.text,
+		"github.com/containerd/containerd/v2/version.Revision=" + cd.revision,
+	})
 	for _, p := range containerdPrograms {
-		main.add("github.com/containerd/containerd/v2/cmd/"+p, p)
+		containerd.add("github.com/containerd/containerd/v2/cmd/"+p, p)
 	}
 	done := map[string]bool{}
 	for _, w := range wrapped {
@@ -87,15 +84,20 @@ func plan(root string, v map[string]versions) ([]step, error) {
 			pkg = "./" + w.ours
 		}
 		done[w.ours] = true
-		main.add(pkg, w.name)
+		if w.name == "kubelet" {
+			kubernetes.add(pkg, w.name)
+		} else {
+			containerd.add(pkg, w.name)
+		}
 	}
-	own, err := ownMains(root)
+	own := patchedStep("podmig", nil)
+	mains, err := ownMains(root)
 	if err != nil {
 		return nil, err
 	}
-	for _, dir := range own {
+	for _, dir := range mains {
 		if name := filepath.Base(dir); !done[dir] && !notInstalled[name] {
-			main.add("./"+filepath.ToSlash(dir), name)
+			own.add("./"+filepath.ToSlash(dir), name)
 		}
 	}
 
@@ -110,7 +112,9 @@ func plan(root string, v map[string]versions) ([]step, error) {
 	}
 
 	steps := []step{
-		main,
+		own,
+		containerd,
+		kubernetes,
 		cni,
 		{
 			// The package is called server.
@@ -132,7 +136,15 @@ func plan(root string, v map[string]versions) ([]step, error) {
 			packages: []string{"."}, rename: "coredns", binaries: []string{"coredns"},
 		})
 	}
-	return steps, nil
+	return slices.DeleteFunc(steps, func(s step) bool { return len(s.packages) == 0 }), nil
+}
+
+// patchedStep starts a step that compiles against the patched sources.
+func patchedStep(name string, variables []string) step {
+	return step{
+		name: name, env: []string{"CGO_ENABLED=0"},
+		args: []string{"-modfile=.build/go.mod", "-tags=podmig_patched", "-ldflags=-s -w" + linkFlags(variables)},
+	}
 }
 
 // dnsDir is a module of its own.

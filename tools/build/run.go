@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sort"
 	"strings"
 	"syscall"
@@ -31,6 +32,8 @@ type Options struct {
 	Repo patchq.Repo
 	// Force runs every step even if nothing changed.
 	Force bool
+	// Only names the one step to run, for a developer in a hurry; empty means all.
+	Only string
 }
 
 // Run assembles the patched sources and brings .build/bin up to date. Runs of several processes wait for each other.
@@ -54,7 +57,7 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	stamp := filepath.Join(repo.Root, ".build", "bin", ".stamp")
-	if old, err := os.ReadFile(stamp); err == nil && !o.Force && upToDate(repo.Root, sources, string(old)) {
+	if old, err := os.ReadFile(stamp); err == nil && !o.Force && o.Only == "" && upToDate(repo.Root, sources, string(old)) {
 		fmt.Fprintf(repo.Log, "build: nothing changed (%.1fs)\n", time.Since(start).Seconds())
 		return nil
 	}
@@ -71,6 +74,13 @@ func Run(ctx context.Context, o Options) error {
 	}
 	fmt.Fprintf(repo.Log, "build: kubernetes %s, containerd %s, runc %s (details in .build/log)\n",
 		v["kubernetes"].text, v["containerd"].text, v["runc"].text)
+	if o.Only != "" {
+		i := slices.IndexFunc(steps, func(s step) bool { return s.name == o.Only })
+		if i < 0 {
+			return fmt.Errorf("there is no build step %q", o.Only)
+		}
+		return steps[i].run(ctx, repo.Root, repo.Log)
+	}
 	var failed []error
 	var binaries []string
 	for _, s := range steps {
@@ -166,10 +176,10 @@ func (s step) run(ctx context.Context, root string, log io.Writer) error {
 			if err != nil {
 				return fmt.Errorf("build %s: %w\n%s(all of it in %s)", s.name, err, tail(filepath.Join(root, logName)), logName)
 			}
-			fmt.Fprintf(log, "  build %-9s %2d binaries (%.1fs)\n", s.name, len(s.binaries), time.Since(start).Seconds())
+			fmt.Fprintf(log, "  build %-10s %2d binaries (%.1fs)\n", s.name, len(s.binaries), time.Since(start).Seconds())
 			return nil
 		case <-ticker.C:
-			fmt.Fprintf(log, "  build %-9s still compiling (%.0fs)\n", s.name, time.Since(start).Seconds())
+			fmt.Fprintf(log, "  build %-10s still compiling (%.0fs)\n", s.name, time.Since(start).Seconds())
 		}
 	}
 }
@@ -180,7 +190,8 @@ func tail(name string) string {
 	if err != nil {
 		return ""
 	}
-	lines := strings.SplitAfter(string(raw), "\n")
+	// The first line is the command, which is long and of no use here.
+	lines := strings.SplitAfter(string(raw), "\n")[1:]
 	if len(lines) > 30 {
 		lines = lines[len(lines)-30:]
 	}

@@ -26,7 +26,7 @@ func main() {
 }
 
 func command() *cobra.Command {
-	var root string
+	var root, only string
 	var force bool
 	cmd := &cobra.Command{
 		Use:           "podmig-build",
@@ -39,10 +39,11 @@ func command() *cobra.Command {
 			if err != nil {
 				return fmt.Errorf("find root: %w", err)
 			}
-			return build.Run(cmd.Context(), build.Options{Repo: patchq.Repo{Root: abs, Log: os.Stderr}, Force: force})
+			return build.Run(cmd.Context(), build.Options{Repo: patchq.Repo{Root: abs, Log: os.Stderr}, Force: force, Only: only})
 		},
 	}
 	cmd.Flags().StringVar(&root, "root", ".", "folder of go.mod")
+	cmd.Flags().StringVar(&only, "only", "", "run one step: podmig, containerd, kubernetes, cni, etcd, runc or coredns")
 	cmd.Flags().BoolVar(&force, "force", false, "ask the Go tool even if no input changed")
 	return cmd
 }
