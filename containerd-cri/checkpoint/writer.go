@@ -61,6 +61,10 @@ func (w *Writer) Bytes() uint64 {
 func (w *Writer) frame(typ frameType, part uint32, head, body []byte) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	return w.frameLocked(typ, part, head, body)
+}
+
+func (w *Writer) frameLocked(typ frameType, part uint32, head, body []byte) error {
 	if w.err != nil {
 		return w.err
 	}
@@ -92,17 +96,21 @@ func (w *Writer) Begin(p Part) (*PartWriter, error) {
 	if err := p.check(); err != nil {
 		return nil, err
 	}
+	b, err := json.Marshal(p)
+	if err != nil {
+		return nil, err
+	}
+	// Numbers ascend in the stream, so giving one and writing it are one step.
 	w.mu.Lock()
+	defer w.mu.Unlock()
 	if w.parts[p] {
-		w.mu.Unlock()
 		return nil, fmt.Errorf("checkpoint stream: part %s begun twice", p)
 	}
 	w.parts[p] = true
 	id := w.next
 	w.next++
 	w.open++
-	w.mu.Unlock()
-	if _, err := w.json(frameBegin, id, p, maxJSON); err != nil {
+	if err := w.frameLocked(frameBegin, id, nil, b); err != nil {
 		return nil, err
 	}
 	return &PartWriter{w: w, id: id, part: p, hash: sha256.New()}, nil

@@ -100,6 +100,17 @@ func (c *containers) Get(ctx context.Context, id string) (service.Container, err
 			}
 		}
 	}
+	out.HostPID = true
+	if spec.Linux != nil {
+		for _, ns := range spec.Linux.Namespaces {
+			if ns.Type == specs.PIDNamespace {
+				out.HostPID = ns.Path != ""
+			}
+		}
+		for _, d := range spec.Linux.Devices {
+			out.Devices = append(out.Devices, d.Path)
+		}
+	}
 	for _, m := range spec.Mounts {
 		if m.Type != "bind" {
 			continue

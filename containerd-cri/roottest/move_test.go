@@ -14,6 +14,7 @@ import (
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"podmig.dev/podmig/cri-api/migration/migrationtest"
 	migration "podmig.dev/podmig/cri-api/migration/v1alpha1"
 )
 
@@ -216,4 +217,57 @@ func field(info, name string) string {
 		}
 	}
 	return ""
+}
+
+// TestConformance runs the contract's suite against the real parts.
+func TestConformance(t *testing.T) {
+	n := start(t)
+	pods := map[string]*pod{}
+	make := func(t *testing.T, count int, created bool) migrationtest.Pod {
+		m := *n
+		m.t = t
+		p := m.runPod(fmt.Sprintf("conf%d", len(pods)))
+		out := migrationtest.Pod{SandboxID: p.id}
+		mounts := []*cri.Mount{p.volume("data")}
+		for i := range count {
+			c := container{name: fmt.Sprintf("c%d", i), image: "podmig.test/workload:1", command: serveArgs(2, "/data/"+strconv.Itoa(i)), mounts: mounts}
+			id := ""
+			if created {
+				id = p.create(c)
+			} else {
+				id = p.start(c)
+				eventually(t, "the counter runs", func() error {
+					_, err := ask(p, c.name, "count")
+					return err
+				})
+			}
+			pods[id] = p
+			out.Containers = append(out.Containers, &migration.CheckpointContainer{ContainerId: id, Name: c.name})
+		}
+		out.Volumes = p.volumes
+		return out
+	}
+	migrationtest.Conformance(t, migrationtest.Env{
+		Source: n.mig, Target: n.mig,
+		RunPod:    func(t *testing.T, n int) migrationtest.Pod { return make(t, n, false) },
+		CreatePod: func(t *testing.T, n int) migrationtest.Pod { return make(t, n, true) },
+		State: func(t *testing.T, id string) migrationtest.State {
+			r, err := n.ContainerStatus(t.Context(), &cri.ContainerStatusRequest{ContainerId: id})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return map[cri.ContainerState]migrationtest.State{
+				cri.ContainerState_CONTAINER_CREATED: migrationtest.Created,
+				cri.ContainerState_CONTAINER_RUNNING: migrationtest.Running,
+				cri.ContainerState_CONTAINER_EXITED:  migrationtest.Exited,
+			}[r.Status.State]
+		},
+		Count: func(id string) (int, error) {
+			r, err := n.ExecSync(t.Context(), &cri.ExecSyncRequest{ContainerId: id, Cmd: []string{"/workload", "ask", "/s.sock", "count"}, Timeout: 10})
+			if err != nil {
+				return 0, err
+			}
+			return strconv.Atoi(strings.TrimSpace(string(r.Stdout)))
+		},
+	})
 }

@@ -37,6 +37,10 @@ type Container struct {
 	ShmDir string
 	TTY    bool
 	Args   []string
+	// HostPID is set when the container has no PID namespace of its own.
+	HostPID bool
+	// Devices are the device nodes the container was given beyond the usual ones.
+	Devices []string
 }
 
 // Restore says from what a created container is started.

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -283,7 +284,7 @@ func toStatus(err error) error {
 		code = codes.Canceled
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
 		code = codes.DeadlineExceeded
-	case errors.Is(err, checkpoint.ErrDigest), errors.Is(err, checkpoint.ErrFormat), errors.Is(err, checkpoint.ErrVersion):
+	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, checkpoint.ErrDigest), errors.Is(err, checkpoint.ErrFormat), errors.Is(err, checkpoint.ErrVersion):
 		code = codes.DataLoss
 	case isNoSpace(err):
 		code = codes.ResourceExhausted
