@@ -99,9 +99,10 @@ func Up(ctx context.Context, options Options) (_ *Cluster, err error) {
 		{"make certificates", func(context.Context) error { return c.makeCertificates() }},
 		{"start control plane", c.startHub},
 		{"start nodes", func(ctx context.Context) error { return c.startNodes(ctx, c.state.Nodes) }},
+		// The API server needs a moment anyway.
+		{"import images", func(ctx context.Context) error { return c.importAll(ctx, c.NodeNames(), options.Images) }},
 		{"wait for the API server", c.waitAPI},
 		{"apply roles", c.applyRoles},
-		{"import images", func(ctx context.Context) error { return c.importAll(ctx, c.NodeNames(), options.Images) }},
 		{"wait for nodes", func(ctx context.Context) error { return c.waitNodes(ctx, c.NodeNames()) }},
 		{"start cluster DNS", func(ctx context.Context) error { return c.startDNS(ctx, show.out) }},
 	})
@@ -289,5 +290,9 @@ func (c *Cluster) waitNodes(ctx context.Context, names []string) error {
 	if err := c.kubectlQuiet(ctx, "", append(args, "--for=create")...); err != nil {
 		return err
 	}
-	return c.kubectlQuiet(ctx, "", append(args, "--for=condition=Ready")...)
+	if err := c.kubectlQuiet(ctx, "", append(args, "--for=condition=Ready")...); err != nil {
+		return err
+	}
+	// Without it no pod is admitted, and a controller makes it when it gets to it.
+	return c.kubectlQuiet(ctx, "", "wait", "--timeout="+nodeTimeout.String(), "--for=create", "serviceaccount/default")
 }
