@@ -393,3 +393,25 @@ func TestReplaceModules(t *testing.T) {
 		t.Errorf("the old replacement is still there:\n%s", out)
 	}
 }
+
+func TestTestPattern(t *testing.T) {
+	s := newSample(t)
+	for _, c := range []struct{ name, word, want string }{
+		{"import path", "example.org/up/pkg", "example.org/up/pkg"},
+		{"everything below", "example.org/up/pkg/...", "example.org/up/pkg/..."},
+		{"folder of the tree", "./pkg/", "example.org/up/pkg"},
+		{"folder of a staging module", "./staging/example.org/api", "example.org/api"},
+		{"everything below a folder", "./pkg/...", "example.org/up/pkg/..."},
+		{"somebody else's", "example.com/x", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got, err := s.tree.testPattern(c.word)
+			if (err != nil) != (c.want == "") || got != c.want {
+				t.Fatalf("got %q, %v; want %q", got, err, c.want)
+			}
+		})
+	}
+	if !coveredByOther("a/b/c", map[string]bool{"a/...": true}) || coveredByOther("a/...", map[string]bool{"a/...": true}) {
+		t.Error("patterns with dots do not cover what is below, or cover themselves")
+	}
+}

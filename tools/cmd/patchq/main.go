@@ -126,6 +126,22 @@ func command() *cobra.Command {
 			return printReports(reports)
 		},
 	}
+	tests := &cobra.Command{
+		Use:   "tests",
+		Short: "List the upstream packages that the queue says must stay green",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			r, err := repo()
+			if err != nil {
+				return err
+			}
+			packages, err := r.TestPackages()
+			for _, p := range packages {
+				fmt.Println(p)
+			}
+			return err
+		},
+	}
 	var version, only string
 	drift := &cobra.Command{
 		Use:   "drift",
@@ -159,7 +175,7 @@ func command() *cobra.Command {
 	if err := drift.MarkFlagRequired("version"); err != nil {
 		panic(err)
 	}
-	cmd.AddCommand(open, save, refresh, check, drift)
+	cmd.AddCommand(open, save, refresh, check, tests, drift)
 	return cmd
 }
 
