@@ -129,6 +129,12 @@ func (o *Options) check() error {
 		}
 		*path = absolute
 	}
+	// The image's folder is a link to the current version, which may change while this cluster runs.
+	rootfs, err := filepath.EvalSymlinks(o.RootFS)
+	if err != nil {
+		return fmt.Errorf("no node image in %s: build it with nodeimage", o.RootFS)
+	}
+	o.RootFS = rootfs
 	// Characters with a meaning in overlay mount options.
 	if strings.ContainsAny(o.Dir+o.RootFS, ",:") {
 		return fmt.Errorf("folders %s and %s: commas and colons are not possible here", o.Dir, o.RootFS)

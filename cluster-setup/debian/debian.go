@@ -5,6 +5,9 @@ package debian
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -72,6 +75,24 @@ func (r RootFS) Build(ctx context.Context, target string) error {
 		return fmt.Errorf("build root file system: %w", err)
 	}
 	return nil
+}
+
+// Extension of cached root file systems.
+const Extension = ".rootfs"
+
+// Cached returns the root file system from a folder, and builds it when none of the same description is there.
+func (r RootFS) Cached(ctx context.Context, dir string) (string, error) {
+	// The mirror is left out: where a package comes from does not change what it is.
+	described, err := json.Marshal([]any{Suite, r.Variant, slices.Sorted(slices.Values(r.Packages))})
+	if err != nil {
+		return "", fmt.Errorf("name root file system: %w", err)
+	}
+	sum := sha256.Sum256(described)
+	target := filepath.Join(dir, "debian-"+hex.EncodeToString(sum[:6])+Extension)
+	if _, err := os.Stat(target); err == nil {
+		return target, nil
+	}
+	return target, r.Build(ctx, target)
 }
 
 // Mirror asks this machine's package manager where it gets Debian from.

@@ -7,9 +7,6 @@ package mkimage
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -176,49 +173,28 @@ func compile(ctx context.Context, dir, target string) error {
 // debian returns the shared base layer and the layer of what the packages add to it.
 func (b Builder) debian(ctx context.Context, packages []string) ([]oci.Layer, error) {
 	base := debian.RootFS{Variant: "essential", Mirror: b.Mirror}
-	baseTar, err := b.cached(ctx, base)
+	baseTar, err := base.Cached(ctx, b.Cache)
 	if err != nil {
 		return nil, err
 	}
 	full := base
 	full.Packages = packages
-	fullTar, err := b.cached(ctx, full)
+	fullTar, err := full.Cached(ctx, b.Cache)
 	if err != nil {
 		return nil, err
 	}
-	lower, err := layerOnce(layerPath(baseTar), baseTar, "")
+	lower, err := oci.NormalizeOnce(layerPath(baseTar), baseTar, "", debian.Stamp)
 	if err != nil {
 		return nil, err
 	}
-	upper, err := layerOnce(layerPath(fullTar), fullTar, baseTar)
+	upper, err := oci.NormalizeOnce(layerPath(fullTar), fullTar, baseTar, debian.Stamp)
 	if err != nil {
 		return nil, err
 	}
 	return []oci.Layer{lower, upper}, nil
 }
 
-func layerPath(tar string) string { return strings.TrimSuffix(tar, ".rootfs") + ".layer" }
-
-func layerOnce(target, source, base string) (oci.Layer, error) {
-	if _, err := os.Stat(target); err == nil {
-		return oci.OpenLayer(target)
-	}
-	return oci.Normalize(target, source, base, debian.Stamp)
-}
-
-// cached builds a root file system unless one of the same description is there.
-func (b Builder) cached(ctx context.Context, r debian.RootFS) (string, error) {
-	described, err := json.Marshal([]any{debian.Suite, r.Variant, r.Packages})
-	if err != nil {
-		return "", err
-	}
-	sum := sha256.Sum256(described)
-	target := filepath.Join(b.Cache, "debian-"+hex.EncodeToString(sum[:6])+".rootfs")
-	if _, err := os.Stat(target); err == nil {
-		return target, nil
-	}
-	return target, r.Build(ctx, target)
-}
+func layerPath(rootfs string) string { return strings.TrimSuffix(rootfs, debian.Extension) + ".layer" }
 
 // extra returns a layer of the files in the image's rootfs folder, if it has one.
 func (b Builder) extra(name string, d Description) ([]oci.Layer, error) {

@@ -150,10 +150,52 @@ func Normalize(target, source, base string, stamp time.Time) (Layer, error) {
 	})
 }
 
+// NormalizeOnce is Normalize, unless the target is there already.
+func NormalizeOnce(target, source, base string, stamp time.Time) (Layer, error) {
+	if _, err := os.Stat(target); err == nil {
+		return OpenLayer(target)
+	}
+	return Normalize(target, source, base, stamp)
+}
+
+// Concat writes one tar file with the content of all layers, later ones covering earlier ones when it is unpacked.
+func Concat(target string, layers []Layer) (Layer, error) {
+	return create(target, func(out *tar.Writer) error {
+		for _, layer := range layers {
+			err := walkAll(layer.Path, func(header *tar.Header, content io.Reader) error {
+				if err := out.WriteHeader(header); err != nil {
+					return err
+				}
+				_, err := io.Copy(out, content)
+				return err
+			})
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
 // mountedAnew are the folders of which an image needs only the folder.
 var mountedAnew = []string{"dev/", "proc/", "sys/", "run/", "tmp/"}
 
+// walk visits the entries that belong into a layer, under plain names.
 func walk(source string, visit func(*tar.Header, io.Reader) error) error {
+	return walkAll(source, func(header *tar.Header, content io.Reader) error {
+		header.Name = strings.TrimPrefix(header.Name, "./")
+		if header.Typeflag == tar.TypeLink {
+			header.Linkname = strings.TrimPrefix(header.Linkname, "./")
+		}
+		inside := func(dir string) bool { return strings.HasPrefix(header.Name, dir) && header.Name != dir }
+		if header.Name == "" || slices.ContainsFunc(mountedAnew, inside) {
+			return nil
+		}
+		return visit(header, content)
+	})
+}
+
+func walkAll(source string, visit func(*tar.Header, io.Reader) error) error {
 	file, err := os.Open(source)
 	if err != nil {
 		return err
@@ -167,14 +209,6 @@ func walk(source string, visit func(*tar.Header, io.Reader) error) error {
 		}
 		if err != nil {
 			return fmt.Errorf("read %s: %w", source, err)
-		}
-		header.Name = strings.TrimPrefix(header.Name, "./")
-		if header.Typeflag == tar.TypeLink {
-			header.Linkname = strings.TrimPrefix(header.Linkname, "./")
-		}
-		inside := func(dir string) bool { return strings.HasPrefix(header.Name, dir) && header.Name != dir }
-		if header.Name == "" || slices.ContainsFunc(mountedAnew, inside) {
-			continue
 		}
 		if err := visit(header, in); err != nil {
 			return err
