@@ -5,7 +5,12 @@ SHELL := /bin/bash
 
 PATCHQ := go run ./tools/cmd/patchq
 # The patched build: the generated module file points at .build/src, the tag admits the files that name hook symbols.
-PATCHED := -modfile=.build/go.mod -tags=podmig_patched
+# The other flags are those of the binaries, so that tests and binaries share compiled packages.
+PATCHED := -trimpath -modfile=.build/go.mod -tags=podmig_patched
+export CGO_ENABLED := 0
+
+# Packages with tests behind a build tag, found by the tag.
+tagged = $(sort $(foreach f,$(shell grep -rlE --include=*_test.go '^//go:build.*\b$(1)\b' cri-api kubelet containerd-cri tools cluster-setup),./$(dir $(f))))
 
 ##@ Menu
 .PHONY: help
@@ -36,6 +41,25 @@ build: deps ## Patch and compile everything into .build/bin [ONLY=kubernetes|con
 .PHONY: assemble
 assemble: ## Copy upstream's sources, apply the patch queue, generate code
 	@$(PATCHQ) assemble
+
+##@ Test
+.PHONY: test lint test-unit test-patched test-upstream
+test: lint test-unit patch-check build test-patched test-upstream ## Everything; what .ci/run calls
+
+lint: ## gofmt and go vet, nothing patched
+	@files=$$(gofmt -l cri-api kubelet containerd-cri tools cluster-setup); \
+		if [ -n "$$files" ]; then echo "not formatted (gofmt -w):"; echo "$$files"; exit 1; fi
+	go vet ./...
+
+test-unit: ## Tests that need no root, no network and nothing patched
+	go test ./...
+
+test-patched: assemble ## go vet and tests of our code against the patched sources
+	go vet $(PATCHED),root,e2e ./...
+	go test $(PATCHED) ./kubelet/... ./containerd-cri/...
+
+test-upstream: assemble ## Upstream's own tests of every package that a patch names, hooks unset
+	go test -trimpath -modfile=.build/go.mod $$($(PATCHQ) tests)
 
 ##@ Patch queue (patches/README.md)
 UPSTREAM ?=
