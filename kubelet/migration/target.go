@@ -347,6 +347,9 @@ func (t *Target) askCommit() {
 }
 
 func (t *Target) commitAnswered(e Answered) {
+	refused := func(tell bool) {
+		t.fail(ReasonSourceRefused, "the source did not give the pod away: "+e.Message, tell)
+	}
 	switch {
 	case e.Verdict == VerdictOK:
 		t.state, t.tries = TargetRestoring, 0
@@ -357,13 +360,14 @@ func (t *Target) commitAnswered(e Answered) {
 		t.setTimer(TimerDeadline, t.dl.Restore)
 		t.emit(Report{Reason: ReasonRestoring, Message: "The pod's processes are being restored."})
 	case e.Verdict == VerdictGone:
-		t.fail(ReasonSourceRefused, "the source has ended the migration: "+e.Message, false)
-	case e.Verdict == VerdictNoAnswer:
-		t.later()
-	case e.Code == CodeAborted, e.Code == CodeReturned, e.Code == CodeNotDurable:
-		t.fail(ReasonSourceRefused, "the source did not give the pod away: "+e.Message, false)
+		refused(false)
+	case e.Verdict == VerdictRefused && (e.Code == CodeAborted || e.Code == CodeReturned || e.Code == CodeNotDurable):
+		refused(false)
+	case e.Verdict == VerdictRefused && (e.Code == CodeWrongState || e.Code == CodeReleased):
+		refused(true)
 	default:
-		t.fail(ReasonSourceRefused, "the source did not give the pod away: "+e.Message, true)
+		// Nothing was said about the session; an earlier request may have been heard.
+		t.later()
 	}
 }
 

@@ -48,8 +48,6 @@ type Sessions interface {
 	// Stream returns the checkpoint. The server reads Body to its end, closes it and
 	// calls Sent once.
 	Stream(ctx context.Context, c Call) (*Stream, error)
-	// Logs returns what a container has logged so far, oldest first.
-	Logs(ctx context.Context, c Call) (io.ReadCloser, error)
 	Freeze(ctx context.Context, c Call, r *wire.FreezeRequest) (*wire.FreezeResponse, error)
 	Commit(ctx context.Context, c Call, r *wire.CommitRequest) (*wire.CommitResponse, error)
 	Done(ctx context.Context, c Call, r *wire.DoneRequest) error

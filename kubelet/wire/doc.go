@@ -8,7 +8,6 @@
 //	POST   {base}/pods/{source}/sessions/{session}             open: authorise, compare, preflight
 //	GET    {base}/pods/{source}/sessions/{session}             status
 //	GET    {base}/pods/{source}/sessions/{session}/stream      the checkpoint
-//	GET    {base}/pods/{source}/sessions/{session}/logs/{name} what a container has logged so far
 //	POST   {base}/pods/{source}/sessions/{session}/freeze      freeze, send the final part
 //	POST   {base}/pods/{source}/sessions/{session}/commit      ownership passes to the target
 //	POST   {base}/pods/{source}/sessions/{session}/done        the clone runs, stop the source

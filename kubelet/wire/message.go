@@ -4,7 +4,6 @@ package wire
 const (
 	ContentJSON   = "application/json"
 	ContentStream = "application/vnd.podmig.checkpoint"
-	ContentLogs   = "application/vnd.podmig.logs"
 
 	// HeaderStreamVersion is the version of the checkpoint stream.
 	HeaderStreamVersion = "Podmig-Stream-Version"
@@ -110,8 +109,6 @@ type SourceContainer struct {
 	// RestartCount and StartedAt (nanoseconds since 1970) carry on in the clone.
 	RestartCount int32 `json:"restartCount"`
 	StartedAt    int64 `json:"startedAt"`
-	// LogBytes is how much the container has logged so far; see logs.
-	LogBytes int64 `json:"logBytes"`
 }
 
 // OpenResponse is the answer to open.
@@ -151,10 +148,7 @@ type CommitRequest struct {
 }
 
 // CommitResponse is the answer to commit: the target owns the pod.
-type CommitResponse struct {
-	// LogBytes is how much each container had logged at the freeze, by name.
-	LogBytes map[string]int64 `json:"logBytes,omitempty"`
-}
+type CommitResponse struct{}
 
 // DoneRequest is the body of done.
 type DoneRequest struct {

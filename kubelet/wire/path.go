@@ -25,7 +25,6 @@ const (
 	VerbStatus  Verb = "status"
 	VerbAbort   Verb = "abort"
 	VerbStream  Verb = "stream"
-	VerbLogs    Verb = "logs"
 	VerbFreeze  Verb = "freeze"
 	VerbCommit  Verb = "commit"
 	VerbDone    Verb = "done"
@@ -39,7 +38,6 @@ var methods = map[Verb]struct{ method, segment string }{
 	VerbStatus:  {"GET", ""},
 	VerbAbort:   {"DELETE", ""},
 	VerbStream:  {"GET", "stream"},
-	VerbLogs:    {"GET", "logs"},
 	VerbFreeze:  {"POST", "freeze"},
 	VerbCommit:  {"POST", "commit"},
 	VerbDone:    {"POST", "done"},
@@ -49,7 +47,7 @@ var methods = map[Verb]struct{ method, segment string }{
 
 // Verbs are all verbs in the order of a migration.
 func Verbs() []Verb {
-	return []Verb{VerbOpen, VerbStatus, VerbLogs, VerbStream, VerbFreeze, VerbCommit, VerbDone, VerbFailed, VerbAbort, VerbOutcome}
+	return []Verb{VerbOpen, VerbStatus, VerbStream, VerbFreeze, VerbCommit, VerbDone, VerbFailed, VerbAbort, VerbOutcome}
 }
 
 // Method is the HTTP method of a verb.
@@ -62,8 +60,6 @@ type Session struct {
 	Pod string
 	// ID is the UID of the clone pod.
 	ID string
-	// Container is set for VerbLogs only.
-	Container string
 }
 
 // Path is the path of a verb for this session. It is meant for sessions that Validate.
@@ -71,9 +67,6 @@ func (s Session) Path(v Verb) string {
 	p := fmt.Sprintf("%s%s/namespaces/%s/pods/%s/sessions/%s", Root, Version, s.Namespace, s.Pod, s.ID)
 	if seg := methods[v].segment; seg != "" {
 		p += "/" + seg
-	}
-	if v == VerbLogs {
-		p += "/" + s.Container
 	}
 	return p
 }
@@ -87,8 +80,6 @@ func (s Session) Validate() error {
 		return Errorf(CodeBadRequest, "%q is not the name of a pod", s.Pod)
 	case !isUID(s.ID):
 		return Errorf(CodeBadRequest, "%q is not the UID of a pod", s.ID)
-	case s.Container != "" && !isLabel(s.Container):
-		return Errorf(CodeBadRequest, "%q is not the name of a container", s.Container)
 	}
 	return nil
 }
@@ -105,20 +96,14 @@ func ParsePath(method, path string) (Verb, Session, error) {
 		return "", Session{}, unknownVersion(version)
 	}
 	p := strings.Split(rest, "/")
-	if len(p) < 6 || len(p) > 8 || p[0] != "namespaces" || p[2] != "pods" || p[4] != "sessions" {
+	if len(p) < 6 || len(p) > 7 || p[0] != "namespaces" || p[2] != "pods" || p[4] != "sessions" {
 		return "", Session{}, Errorf(CodeUnknownPath, "the path %q is not a migration path", clip(path))
 	}
 	s := Session{Namespace: p[1], Pod: p[3], ID: p[5]}
 	segment := ""
 	if len(p) > 6 {
-		segment = p[6]
-		if segment == "" || (len(p) == 8) != (segment == "logs") {
+		if segment = p[6]; segment == "" {
 			return "", Session{}, Errorf(CodeUnknownPath, "the path %q is not a migration path", clip(path))
-		}
-	}
-	if len(p) == 8 {
-		if s.Container = p[7]; s.Container == "" {
-			return "", Session{}, Errorf(CodeUnknownPath, "the path %q names no container", clip(path))
 		}
 	}
 	if err := s.Validate(); err != nil {

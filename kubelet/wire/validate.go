@@ -38,7 +38,7 @@ func (r *OpenResponse) Validate() error {
 		if !isLabel(c.Name) || names[c.Name] {
 			return Errorf(CodeBadRequest, "containers: %q is no name or named twice", clip(c.Name))
 		}
-		if c.RestartCount < 0 || c.LogBytes < 0 {
+		if c.RestartCount < 0 {
 			return Errorf(CodeBadRequest, "containers: %q has a negative count", c.Name)
 		}
 		names[c.Name] = true

@@ -1,7 +1,6 @@
 package migrationtest
 
 import (
-	"fmt"
 	"slices"
 
 	m "podmig.dev/podmig/kubelet/migration"
@@ -116,6 +115,7 @@ func (h *host) actions(add func(Kind, string, func())) {
 			continue
 		}
 		t := (*q.tasks)[0]
+		doing := side + "'s " + q.name + ": " + t.name
 		take := func(do func() m.Event) func() {
 			return func() {
 				*q.tasks = (*q.tasks)[1:]
@@ -124,11 +124,11 @@ func (h *host) actions(add func(Kind, string, func())) {
 				}
 			}
 		}
-		add(Normal, fmt.Sprintf("%s's %s: %s", side, q.name, t.name), take(t.do))
+		add(Normal, doing, take(t.do))
 		for _, f := range t.fail {
-			add(Fault, fmt.Sprintf("%s's %s: %s fails: %s", side, q.name, t.name, f.name), take(f.do))
+			add(Fault, doing+" fails: "+f.name, take(f.do))
 		}
-		add(Fault, fmt.Sprintf("%s's kubelet dies after %s: %s", side, q.name, t.name), func() {
+		add(Fault, side+"'s kubelet dies after "+q.name+": "+t.name, func() {
 			*q.tasks = (*q.tasks)[1:]
 			t.do()
 			h.crash()
@@ -136,7 +136,7 @@ func (h *host) actions(add func(Kind, string, func())) {
 	}
 	for _, timer := range []m.Timer{m.TimerRetry, m.TimerDeadline} {
 		if gen, ok := h.timers[timer]; ok {
-			add(Time, fmt.Sprintf("%s's %s passes", side, timer), func() {
+			add(Time, side+"'s "+string(timer)+" passes", func() {
 				delete(h.timers, timer)
 				h.step(m.TimerFired{Timer: timer, Gen: gen})
 			})
@@ -183,7 +183,7 @@ func (h *host) crash() {
 // switchOff takes the node away with everything that runs on it.
 func (h *host) switchOff() {
 	h.gone = true
-	h.w.log(string(h.side) + ": its processes end with the node")
+	h.w.say(string(h.side) + ": its processes end with the node")
 	if h == h.w.S {
 		h.w.Source = Dead
 	} else if h.w.Clone == Running || h.w.Clone == Partial {
@@ -204,7 +204,7 @@ func (h *host) restart() {
 	w := h.w
 	h.up, h.fenced = true, false
 	if h.record == nil {
-		w.log(string(h.side) + ": restarted without a record")
+		w.say(string(h.side) + ": restarted without a record")
 		if h == w.T && w.Recorded == "" {
 			h.begin()
 			if w.CloneDeleted && h.target != nil {

@@ -73,7 +73,6 @@ type World struct {
 	nextReq   migration.RequestID
 	log       func(string)
 	violation error
-	clock     int
 }
 
 type streamState int
@@ -135,9 +134,6 @@ type message struct {
 // New returns a world in which a pod runs and a clone was bound to the other node.
 // log may be nil.
 func New(log func(string)) *World {
-	if log == nil {
-		log = func(string) {}
-	}
 	w := &World{Source: Running, Clone: Absent, log: log,
 		sessions: map[string]bool{}, requests: map[migration.RequestID]*message{}}
 	w.S = &host{w: w, side: migration.SideSource, up: true, timers: map[migration.Timer]uint64{}}
@@ -192,9 +188,13 @@ func (h *host) step(e migration.Event) {
 		h.w.violate("%s: %v", h.side, err)
 		return
 	}
-	h.w.log(fmt.Sprintf("%s: %s ── %s ──▶ %s", h.side, before, e, h.state()))
+	if h.w.log != nil {
+		h.w.log(fmt.Sprintf("%s: %s ── %s ──▶ %s", h.side, before, e, h.state()))
+	}
 	for _, eff := range effects {
-		h.w.log("    " + eff.String())
+		if h.w.log != nil {
+			h.w.log("    " + eff.String())
+		}
 		h.carryOut(eff)
 	}
 	if h.source != nil && h.source.Terminal() {
@@ -208,10 +208,16 @@ func (h *host) step(e migration.Event) {
 	}
 }
 
+func (w *World) say(s string) {
+	if w.log != nil {
+		w.log(s)
+	}
+}
+
 func (w *World) violate(format string, args ...any) {
 	if w.violation == nil {
 		w.violation = fmt.Errorf(format, args...)
-		w.log("VIOLATION: " + w.violation.Error())
+		w.say("VIOLATION: " + w.violation.Error())
 	}
 }
 
@@ -292,9 +298,8 @@ func (w *World) Summary() string {
 
 // Do carries out an action.
 func (w *World) Do(a Action) {
-	w.clock++
 	if a.Kind != Normal {
-		w.log("* " + a.Name)
+		w.say("* " + a.Name)
 	}
 	a.do()
 	w.settle()
