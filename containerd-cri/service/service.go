@@ -21,6 +21,7 @@ import (
 
 	"podmig.dev/podmig/containerd-cri/checkpoint"
 	"podmig.dev/podmig/containerd-cri/runtime"
+	"podmig.dev/podmig/containerd-cri/runtime/criu"
 	migration "podmig.dev/podmig/cri-api/migration/v1alpha1"
 )
 
@@ -284,7 +285,7 @@ func toStatus(err error) error {
 		code = codes.Canceled
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
 		code = codes.DeadlineExceeded
-	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, checkpoint.ErrDigest), errors.Is(err, checkpoint.ErrFormat), errors.Is(err, checkpoint.ErrVersion):
+	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, checkpoint.ErrDigest), errors.Is(err, checkpoint.ErrFormat), errors.Is(err, checkpoint.ErrVersion), errors.Is(err, criu.ErrImage):
 		code = codes.DataLoss
 	case isNoSpace(err):
 		code = codes.ResourceExhausted

@@ -7,6 +7,7 @@ import (
 
 	"podmig.dev/podmig/containerd-cri/checkpoint"
 	"podmig.dev/podmig/containerd-cri/checkpoint/tree"
+	"podmig.dev/podmig/containerd-cri/runtime/criu"
 )
 
 // restoreSink puts the parts of a stream where the restore expects them: CRIU
@@ -17,10 +18,12 @@ type restoreSink struct {
 	r    *restoreSession
 	seen map[checkpoint.Part]bool
 	open map[checkpoint.PartSink]func()
+	// pages are the stores of memory by container.
+	pages map[string][]*criu.Store
 }
 
 func newRestoreSink(r *restoreSession) *restoreSink {
-	return &restoreSink{r: r, seen: map[checkpoint.Part]bool{}, open: map[checkpoint.PartSink]func(){}}
+	return &restoreSink{r: r, seen: map[checkpoint.Part]bool{}, open: map[checkpoint.PartSink]func(){}, pages: map[string][]*criu.Store{}}
 }
 
 func (k *restoreSink) container(name string) *Container {
@@ -52,6 +55,17 @@ func (k *restoreSink) begin(p checkpoint.Part) (checkpoint.PartSink, error) {
 	switch p.Kind {
 	case checkpoint.KindImage:
 		return k.file(filepath.Join(k.r.images(c.Name), p.Name), os.O_WRONLY|os.O_CREATE|os.O_EXCL)
+	case checkpoint.KindPages:
+		if !criu.IsPages(p.Name) {
+			return nil, fmt.Errorf("%w: %q is no name of a pages file", checkpoint.ErrFormat, p.Name)
+		}
+		st, err := criu.NewStore(filepath.Join(k.r.images(c.Name), p.Name))
+		if err != nil {
+			return nil, err
+		}
+		k.open[st] = st.Abort
+		k.pages[c.Name] = append(k.pages[c.Name], st)
+		return st, nil
 	case checkpoint.KindLog:
 		if c.LogPath == "" {
 			return discard{}, nil
@@ -97,8 +111,16 @@ func (k *restoreSink) tree(dir string, kind checkpoint.Kind) (checkpoint.PartSin
 // Round implements checkpoint.Sink.
 func (k *restoreSink) Round(checkpoint.Round) error { return nil }
 
-// complete makes the images ready for CRIU.
-func (k *restoreSink) complete() error { return nil }
+// complete makes the images ready for CRIU: every store becomes the pages file of
+// its map.
+func (k *restoreSink) complete() error {
+	for container, stores := range k.pages {
+		if err := criu.Place(k.r.images(container), stores); err != nil {
+			return fmt.Errorf("memory of container %s: %w", container, err)
+		}
+	}
+	return nil
+}
 
 // abort closes what an interrupted stream has left open.
 func (k *restoreSink) abort() {

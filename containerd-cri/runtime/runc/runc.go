@@ -2,16 +2,10 @@ package runc
 
 import (
 	"bytes"
-	"context"
-	"errors"
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
-	"time"
 
-	"podmig.dev/podmig/containerd-cri/checkpoint"
 	"podmig.dev/podmig/containerd-cri/runtime"
 )
 
@@ -32,81 +26,6 @@ func New() *Runtime { return &Runtime{} }
 // The network is not locked, because nothing has to be kept in it. Ghost files
 // (deleted but open) are copied up to a size that is still far below memory sizes.
 const CRIUOptions = "tcp-close\nnetwork-lock skip\nghost-limit 67108864\nfile-locks\nskip-in-flight\n"
-
-// Dump implements runtime.Runtime.
-func (r *Runtime) Dump(ctx context.Context, c runtime.Container, dir string, out *checkpoint.Writer, round uint32) (runtime.Dumped, error) {
-	var res runtime.Dumped
-	images, work := filepath.Join(dir, "images"), filepath.Join(dir, "work")
-	for _, d := range []string{images, work} {
-		if err := os.Mkdir(d, 0o700); err != nil {
-			return res, err
-		}
-	}
-	conf := filepath.Join(dir, "criu.conf")
-	if err := os.WriteFile(conf, []byte(CRIUOptions), 0o600); err != nil {
-		return res, err
-	}
-	start := time.Now()
-	cmd := exec.CommandContext(ctx, c.OCIBinary, "--root", c.OCIRoot, "checkpoint", "--leave-running",
-		"--image-path", images, "--work-path", work, c.ID)
-	cmd.Env = append(os.Environ(), "CRIU_CONFIG_FILE="+conf)
-	if b, err := cmd.CombinedOutput(); err != nil {
-		return res, dumpError(c, err, b, filepath.Join(work, "dump.log"))
-	}
-	res.Duration = time.Since(start)
-	if frozen, err := r.Frozen(ctx, c); err != nil || !frozen {
-		return res, errors.Join(fmt.Errorf("container %s is not frozen after the dump", c.Name), err)
-	}
-	return res, r.send(ctx, c, images, out)
-}
-
-func (r *Runtime) send(ctx context.Context, c runtime.Container, images string, out *checkpoint.Writer) error {
-	files, err := os.ReadDir(images)
-	if err != nil {
-		return err
-	}
-	buf := make([]byte, checkpoint.MaxData)
-	for _, e := range files {
-		if err := sendFile(ctx, filepath.Join(images, e.Name()), checkpoint.Part{Kind: checkpoint.KindImage, Container: c.Name, Name: e.Name()}, out, buf); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func sendFile(ctx context.Context, file string, part checkpoint.Part, out *checkpoint.Writer, buf []byte) error {
-	f, err := os.Open(file)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	w, err := out.Begin(part)
-	if err != nil {
-		return err
-	}
-	var off int64
-	for {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		n, err := f.Read(buf)
-		if n > 0 {
-			if err := w.Data(off, buf[:n]); err != nil {
-				return err
-			}
-			off += int64(n)
-		}
-		if n == 0 || err != nil {
-			break
-		}
-	}
-	return w.Close()
-}
-
-// Recover implements runtime.Runtime.
-func (r *Runtime) Recover(ctx context.Context, c runtime.Container, dir string) error {
-	return r.Freeze(ctx, []runtime.Container{c})
-}
 
 // dumpError makes one error of what runc said and the decisive lines of CRIU's log.
 func dumpError(c runtime.Container, err error, out []byte, log string) error {
