@@ -43,8 +43,8 @@ assemble: ## Copy upstream's sources, apply the patch queue, generate code
 	@$(PATCHQ) assemble
 
 ##@ Test
-.PHONY: test lint test-unit test-patched test-upstream
-test: lint test-unit patch-check build test-patched test-upstream ## Everything; what .ci/run calls
+.PHONY: test lint test-unit test-patched test-upstream test-root
+test: lint test-unit patch-check build test-patched test-upstream test-root ## Everything; what .ci/run calls
 
 lint: ## gofmt and go vet, nothing patched
 	@files=$$(gofmt -l cri-api kubelet containerd-cri tools cluster-setup); \
@@ -60,6 +60,26 @@ test-patched: assemble ## go vet and tests of our code against the patched sourc
 
 test-upstream: assemble ## Upstream's own tests of every package that a patch names, hooks unset
 	go test -trimpath -modfile=.build/go.mod $$($(PATCHQ) tests)
+
+test-root: image ## Tests that need root: the containerd side against real containerd, runc and CRIU
+	go test $(PATCHED),root -count=1 -timeout 30m $(call tagged,root)
+
+##@ Images and the local cluster (cluster-setup/README.md)
+NODES ?= 2
+
+.PHONY: image node-image cluster-up cluster-down
+image: build ## What the local cluster needs: the nodes' root file system and the container images
+	@.build/bin/nodeimage rootfs
+	@.build/bin/mkimage
+
+node-image: build ## The image of a node as a root file system tarball and as an OCI archive
+	@.build/bin/nodeimage build
+
+cluster-up: image ## Start a cluster on this machine: [NODES=2]; then .build/bin/localcluster kubectl get nodes
+	@.build/bin/localcluster up --nodes $(NODES)
+
+cluster-down: ## Remove the cluster and everything it made
+	@.build/bin/localcluster down
 
 ##@ Patch queue (patches/README.md)
 UPSTREAM ?=
