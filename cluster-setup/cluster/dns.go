@@ -2,19 +2,22 @@ package cluster
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
+	"slices"
+
+	"podmig.dev/podmig/cluster-setup/manifests"
 )
 
-// startDNS runs the cluster's name server, when its binary was built.
+// startDNS runs the cluster's name server when its image is among the imported ones.
 func (c *Cluster) startDNS(ctx context.Context, out io.Writer) error {
-	_, err := os.Stat(filepath.Join(c.state.Bin, "coredns"))
-	if errors.Is(err, os.ErrNotExist) {
-		fmt.Fprintf(out, "          NO cluster DNS: %s has no coredns\n", c.state.Bin)
+	if !slices.ContainsFunc(c.state.Images, func(archive string) bool { return filepath.Base(archive) == "coredns.tar" }) {
+		fmt.Fprintln(out, "          NO cluster DNS: coredns.tar is not among the images (mkimage coredns makes it)")
 		return nil
 	}
-	return err
+	if err := c.Apply(ctx, manifests.DNS(dnsService.String(), domain)); err != nil {
+		return err
+	}
+	return c.kubectlQuiet(ctx, "", "--namespace=kube-system", "rollout", "status", "deployment/coredns", "--timeout="+dnsTimeout.String())
 }

@@ -132,11 +132,11 @@ func (c *Cluster) startNode(ctx context.Context, p plan) error {
 		RootFS: c.state.RootFS, Binds: binds,
 		Supervision: []supervisor.Component{
 			{Name: Containerd, Args: []string{nodeBin + "/containerd"}, Log: "/var/log/podmig/containerd.log"},
-			{Name: Kubelet, WaitFor: "unix:" + socket, Log: "/var/log/podmig/kubelet.log", Args: []string{
+			{Name: Kubelet, Hold: true, WaitFor: "unix:" + socket, Log: "/var/log/podmig/kubelet.log", Args: []string{
 				nodeBin + "/kubelet", "--config=/etc/kubernetes/kubelet.yaml", "--kubeconfig=/etc/kubernetes/kubelet.conf",
 				"--hostname-override=" + p.name, "--node-ip=" + p.address.String(),
 			}},
-			{Name: KubeProxy, WaitFor: "tcp:" + APIServer.String(), Log: "/var/log/podmig/kube-proxy.log", Args: []string{
+			{Name: KubeProxy, Hold: true, Log: "/var/log/podmig/kube-proxy.log", Args: []string{
 				nodeBin + "/kube-proxy", "--config=/etc/kubernetes/kube-proxy.yaml",
 			}},
 		},
@@ -148,6 +148,19 @@ func (c *Cluster) startNode(ctx context.Context, p plan) error {
 		return err
 	}
 	return waitSocket(ctx, machine, socket)
+}
+
+// startKubelets lets the held components of nodes go. A kubelet that finds no API server at first asks again after ever longer
+// pauses, so waiting for the API server is quicker; later, after a failure, it starts without waiting, as on a real node.
+func (c *Cluster) startKubelets(ctx context.Context, nodes []string) error {
+	for _, node := range nodes {
+		for _, component := range []string{Kubelet, KubeProxy} {
+			if err := c.machine(node).Supervisor().Start(ctx, component); err != nil {
+				return fmt.Errorf("start %s on %s: %w", component, node, err)
+			}
+		}
+	}
+	return nil
 }
 
 // connectPods makes every machine route pod addresses to the node that has them.

@@ -103,6 +103,7 @@ func Up(ctx context.Context, options Options) (_ *Cluster, err error) {
 		{"import images", func(ctx context.Context) error { return c.importAll(ctx, c.NodeNames(), options.Images) }},
 		{"wait for the API server", c.waitAPI},
 		{"apply roles", c.applyRoles},
+		{"start kubelets", func(ctx context.Context) error { return c.startKubelets(ctx, c.NodeNames()) }},
 		{"wait for nodes", func(ctx context.Context) error { return c.waitNodes(ctx, c.NodeNames()) }},
 		{"start cluster DNS", func(ctx context.Context) error { return c.startDNS(ctx, show.out) }},
 	})
@@ -191,6 +192,7 @@ func (c *Cluster) AddNode(ctx context.Context, out io.Writer) (string, error) {
 	return p.name, show.run(ctx, []action{
 		{"start node", func(ctx context.Context) error { return c.startNodes(ctx, []int{number}) }},
 		{"import images", func(ctx context.Context) error { return c.importAll(ctx, []string{p.name}, c.state.Images) }},
+		{"start kubelet", func(ctx context.Context) error { return c.startKubelets(ctx, []string{p.name}) }},
 		{"wait for node", func(ctx context.Context) error { return c.waitNodes(ctx, []string{p.name}) }},
 	})
 }

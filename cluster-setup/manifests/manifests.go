@@ -2,7 +2,10 @@
 // operator can also apply by hand.
 package manifests
 
-import _ "embed"
+import (
+	_ "embed"
+	"strings"
+)
 
 // RBAC gives the API server its rights on kubelets and nodes theirs on each other's migration endpoint.
 //
@@ -13,3 +16,11 @@ var RBAC []byte
 //
 //go:embed audit-policy.yaml
 var AuditPolicy []byte
+
+//go:embed dns.yaml
+var dns string
+
+// DNS runs the cluster's name server under the given service address.
+func DNS(address, domain string) []byte {
+	return []byte(strings.NewReplacer("ADDRESS", address, "DOMAIN", domain).Replace(dns))
+}

@@ -126,7 +126,10 @@ func (c Client) Run(ctx context.Context, command Command) error {
 	if ctx.Err() != nil {
 		err = fmt.Errorf("run %s: %w", command.Args[0], ctx.Err())
 	}
-	return errors.Join(err, finish.done())
+	if copied := finish.done(); err == nil {
+		err = copied
+	}
+	return err
 }
 
 func (command Command) wait(conn *net.UnixConn) error {

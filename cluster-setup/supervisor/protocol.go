@@ -26,6 +26,8 @@ type Component struct {
 	Log  string   `json:"log"`
 	// WaitFor must accept a connection before the component starts: "unix:/path" or "tcp:host:port".
 	WaitFor string `json:"waitFor,omitempty"`
+	// Hold leaves the component stopped until it is ordered to start.
+	Hold bool `json:"hold,omitempty"`
 }
 
 // Status describes a component at one moment.
@@ -111,8 +113,11 @@ func sendRequest(conn *net.UnixConn, r request, files []*os.File) error {
 	if err != nil {
 		return fmt.Errorf("send request: %w", err)
 	}
-	if _, err := conn.Write(data[n:]); err != nil {
-		return fmt.Errorf("send request: %w", err)
+	// Nothing may be written once the request is complete: its receiver answers and leaves.
+	if n < len(data) {
+		if _, err := conn.Write(data[n:]); err != nil {
+			return fmt.Errorf("send request: %w", err)
+		}
 	}
 	return nil
 }

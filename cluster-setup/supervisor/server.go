@@ -44,7 +44,9 @@ func Serve(ctx context.Context, listener *net.UnixListener, components []Compone
 		one := &component{Component: c, processes: s.processes, status: Status{Name: c.Name, State: Stopped}}
 		s.components[c.Name] = one
 		s.order = append(s.order, one)
-		one.start(ctx)
+		if !c.Hold {
+			one.start(ctx)
+		}
 	}
 	s.ctx = ctx
 	stop := context.AfterFunc(ctx, func() { listener.Close() })

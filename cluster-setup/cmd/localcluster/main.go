@@ -5,7 +5,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -31,15 +30,14 @@ func main() {
 }
 
 func exit(err error) {
-	var ended *supervisor.ExitError
-	switch {
-	case err == nil:
+	if err == nil {
 		os.Exit(0)
-	case errors.As(err, &ended):
-		// The command has said itself what was wrong.
-		os.Exit(ended.Code)
-	default:
-		fmt.Fprintln(os.Stderr, "localcluster:", err)
-		os.Exit(1)
 	}
+	// A command that ran for the user, and only such a command, has said itself what was wrong. Errors around it have not been
+	// told, so this looks at the outermost one only.
+	if ended, ok := err.(*supervisor.ExitError); ok {
+		os.Exit(ended.Code)
+	}
+	fmt.Fprintln(os.Stderr, "localcluster:", err)
+	os.Exit(1)
 }
