@@ -83,7 +83,7 @@ var Imports = []Rule{
 		Why: "the wire contract is types and bytes: both ends import it",
 	},
 	{
-		Packages: "kubelet/peer", Own: []string{"kubelet/wire"}, Deny: []string{"k8s.io/", Module + "/kubelet/migration"},
+		Packages: "kubelet/peer", Own: []string{"kubelet/wire"}, External: []string{"k8s.io/klog/v2", "golang.org/x"}, Deny: []string{Module + "/kubelet/migration"},
 		Why: "HTTP client and server know the wire contract, not what is decided with it",
 	},
 	{
