@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strconv"
 	"strings"
 	"testing"
@@ -29,7 +30,9 @@ func move(t *testing.T, session string, src, dst *pod) *migration.FreezeCheckpoi
 	if err != nil {
 		t.Fatal(err)
 	}
+	sent := time.Now()
 	v, err := dst.n.mig.VerifyRestore(ctx, &migration.VerifyRestoreRequest{SessionId: session})
+	verified := time.Now()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,7 +51,9 @@ func move(t *testing.T, session string, src, dst *pod) *migration.FreezeCheckpoi
 			t.Fatal(err)
 		}
 	}
-	t.Logf("stream %d bytes, freeze %v, dump %v, frozen for %v", f.StreamBytes, time.Duration(f.FreezeDuration), time.Duration(f.DumpDuration), time.Since(time.Unix(0, f.FrozenAt)))
+	frozen := time.Unix(0, f.FrozenAt)
+	t.Logf("stream of %d bytes; frozen for %v: dump %v, sent after %v, verify %v, restore %v", f.StreamBytes, time.Since(frozen).Round(time.Millisecond),
+		time.Duration(f.DumpDuration).Round(time.Millisecond), sent.Sub(frozen).Round(time.Millisecond), verified.Sub(sent).Round(time.Millisecond), time.Since(verified).Round(time.Millisecond))
 	if _, err := src.n.mig.FinishCheckpoint(ctx, &migration.FinishCheckpointRequest{SessionId: session, Outcome: migration.Outcome_OUTCOME_STOP}); err != nil {
 		t.Fatal(err)
 	}
@@ -270,4 +275,52 @@ func TestConformance(t *testing.T) {
 			return strconv.Atoi(strings.TrimSpace(string(r.Stdout)))
 		},
 	})
+}
+
+// TestMemoryBound moves a gigabyte and watches containerd meanwhile.
+func TestMemoryBound(t *testing.T) {
+	n := start(t)
+	src, dst := n.runPod("big-src"), n.runPod("big-dst")
+	c := container{name: "big", image: "podmig.test/workload:1", command: serveArgs(1024)}
+	src.start(c)
+	dst.create(c)
+	eventually(t, "the process has its memory", func() error {
+		_, err := ask(src, "big", "count")
+		return err
+	})
+	sum := src.exec("big", "/workload", "ask", "/s.sock", "sum")
+	pid := n.cmd.Process.Pid
+	// The kernel keeps the highest value since it was reset.
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", pid), []byte("5"), 0); err != nil {
+		t.Fatal(err)
+	}
+	before := memory(t, pid, "VmRSS")
+
+	f := move(t, "big", src, dst)
+
+	if f.StreamBytes < 1<<30 {
+		t.Errorf("only %d bytes were sent", f.StreamBytes)
+	}
+	grown := memory(t, pid, "VmHWM") - before
+	t.Logf("containerd grew by at most %d KiB over %d KiB for a stream of %d MiB", grown, before, f.StreamBytes>>20)
+	if grown > 64<<10 {
+		t.Errorf("containerd grew by %d KiB, 64 MiB are allowed", grown)
+	}
+	if got := dst.exec("big", "/workload", "ask", "/s.sock", "sum"); got != sum {
+		t.Errorf("memory has changed: %s instead of %s", got, sum)
+	}
+}
+
+// memory returns a value of /proc/PID/status in KiB.
+func memory(t *testing.T, pid int, name string) int {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := strconv.Atoi(strings.TrimSpace(strings.TrimSuffix(field(string(b), name), " kB")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }

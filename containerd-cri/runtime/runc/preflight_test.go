@@ -1,0 +1,224 @@
+package runc
+
+import (
+	"context"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"podmig.dev/podmig/containerd-cri/runtime"
+)
+
+// own scans the test process itself, as if it were a container.
+func own(t *testing.T) *runtime.Report {
+	t.Helper()
+	pid := os.Getpid()
+	report := &runtime.Report{}
+	s := &scan{c: runtime.Container{ID: "own", Pid: pid}, pod: map[int]bool{pid: true}, proc: "/proc", report: report}
+	s.container([]int{pid})
+	return report
+}
+
+func codes(r *runtime.Report, fd int) []string {
+	var out []string
+	for _, f := range r.Findings {
+		if f.FD == fd {
+			out = append(out, f.Code)
+		}
+		if f.Message == "" || f.Cure == "" {
+			out = append(out, "without words")
+		}
+	}
+	return out
+}
+
+// TestFindings opens what can not be moved in the test process itself and expects
+// it to be named.
+func TestFindings(t *testing.T) {
+	file := func(t *testing.T) *os.File {
+		f, err := os.Create(filepath.Join(t.TempDir(), "file"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		return f
+	}
+	socket := func(t *testing.T, domain, typ, proto int) int {
+		fd, err := unix.Socket(domain, typ|unix.SOCK_CLOEXEC, proto)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Close(fd) })
+		return fd
+	}
+	for _, tc := range []struct {
+		name string
+		open func(*testing.T) int
+		want string
+	}{
+		{"a plain file", func(t *testing.T) int { return int(file(t).Fd()) }, ""},
+		{"a small deleted file", func(t *testing.T) int {
+			f := file(t)
+			os.Remove(f.Name())
+			return int(f.Fd())
+		}, ""},
+		{"a large deleted file", func(t *testing.T) int {
+			f := file(t)
+			os.Remove(f.Name())
+			if err := unix.Fallocate(int(f.Fd()), 0, 0, ghostLimit+4096); err != nil {
+				t.Fatal(err)
+			}
+			return int(f.Fd())
+		}, "DeletedFile"},
+		{"a deleted file with another name", func(t *testing.T) int {
+			f := file(t)
+			if err := os.Link(f.Name(), f.Name()+"2"); err != nil {
+				t.Fatal(err)
+			}
+			os.Remove(f.Name())
+			return int(f.Fd())
+		}, "DeletedFile"},
+		{"a multipath TCP socket", func(t *testing.T) int { return socket(t, unix.AF_INET, unix.SOCK_STREAM, protoMPTCP) }, "MPTCP"},
+		{"a TCP socket", func(t *testing.T) int { return socket(t, unix.AF_INET, unix.SOCK_STREAM, 0) }, ""},
+		{"a UDP socket", func(t *testing.T) int { return socket(t, unix.AF_INET6, unix.SOCK_DGRAM, 0) }, ""},
+		{"an established connection", func(t *testing.T) int {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { l.Close() })
+			c, err := net.Dial("tcp", l.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { c.Close() })
+			raw, _ := c.(*net.TCPConn).SyscallConn()
+			var fd int
+			_ = raw.Control(func(f uintptr) { fd = int(f) })
+			return fd
+		}, "EstablishedTCP"},
+		{"a null device", func(t *testing.T) int { return open(t, "/dev/null") }, ""},
+		{"an eventfd", func(t *testing.T) int {
+			fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { unix.Close(fd) })
+			return fd
+		}, ""},
+		{"a userfaultfd", func(t *testing.T) int {
+			fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|uffdUserModeOnly, 0, 0)
+			if errno != 0 {
+				t.Fatal(errno)
+			}
+			t.Cleanup(func() { unix.Close(int(fd)) })
+			return int(fd)
+		}, "Userfaultfd"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			fd := tc.open(t)
+			got := codes(own(t), fd)
+			if tc.want == "" && len(got) != 0 || tc.want != "" && !slices.Equal(got, []string{tc.want}) {
+				t.Errorf("found %v, want %q", got, tc.want)
+			}
+		})
+	}
+}
+
+func open(t *testing.T, path string) int {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return int(f.Fd())
+}
+
+func TestMovableDevice(t *testing.T) {
+	for _, tc := range []struct {
+		name         string
+		major, minor uint32
+		want         bool
+	}{
+		{"/dev/null", 1, 3, true},
+		{"/dev/mem", 1, 1, false},
+		{"/dev/tty", 5, 0, true},
+		{"a terminal", 136, 4, true},
+		{"/dev/kvm", 10, 232, false},
+		{"a graphics card", 195, 0, false},
+	} {
+		if got := movableDevice(tc.major, tc.minor); got != tc.want {
+			t.Errorf("%s: %v", tc.name, got)
+		}
+	}
+}
+
+func TestMemoryIsCounted(t *testing.T) {
+	if n := own(t).MemoryBytes; n < 1<<20 {
+		t.Errorf("the test process needs %d bytes", n)
+	}
+}
+
+func TestOwnGroup(t *testing.T) {
+	c := runtime.Container{ID: "abc"}
+	for _, tc := range []struct{ name, group, want string }{
+		{"cgroupfs", "/kubepods/pod1/abc", "/kubepods/pod1/abc"},
+		{"systemd", "/kubepods.slice/pod1.slice/cri-containerd-abc.scope", "/kubepods.slice/pod1.slice/cri-containerd-abc.scope"},
+		{"a group inside the container", "/kubepods/pod1/abc/init.scope", "/kubepods/pod1/abc"},
+		{"another container", "/kubepods/pod1/xyz", ""},
+		{"the root", "/", ""},
+		{"outside the namespace", "/../abc", ""},
+	} {
+		got, err := ownGroup(tc.group, c)
+		if got != tc.want || (err == nil) != (tc.want != "") {
+			t.Errorf("%s: %q, %v", tc.name, got, err)
+		}
+	}
+}
+
+// TestFreezer drives the files of a control group of version 2.
+func TestFreezer(t *testing.T) {
+	dir := t.TempDir()
+	put := func(name, s string) {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(s), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put("cgroup.freeze", "0")
+	put("cgroup.events", "populated 1\nfrozen 0\n")
+	f := freezer{dir: dir, v2: true}
+	if err := f.set(true); err != nil {
+		t.Fatal(err)
+	}
+	if b, _ := os.ReadFile(filepath.Join(dir, "cgroup.freeze")); string(b) != "1" {
+		t.Errorf("cgroup.freeze is %q", b)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if err := f.await(ctx); err == nil {
+		t.Error("a group that does not freeze is reported frozen")
+	}
+	put("cgroup.events", "populated 1\nfrozen 1\n")
+	if err := f.await(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestLogErrors(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "dump.log")
+	log := "(00.1) all well\n(00.2)      1: Error (criu/tun.c:85): cause\n(00.3) Error (criu/cr-dump.c:2128): Dumping FAILED.\n"
+	if err := os.WriteFile(file, []byte(log), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := LogErrors(file), "Error (criu/tun.c:85): cause; Error (criu/cr-dump.c:2128): Dumping FAILED."; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if got := LogErrors(file + "x"); got != "" {
+		t.Errorf("%q from no file", got)
+	}
+}
