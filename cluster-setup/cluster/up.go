@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -220,7 +221,12 @@ func (c *Cluster) clientConfig() (*tls.Config, error) {
 }
 
 func (c *Cluster) waitAPI(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	return c.waitObject(ctx, apiTimeout, "/readyz", nil)
+}
+
+// waitObject polls a path of the API server until it is there and the check, when given, is content with it.
+func (c *Cluster) waitObject(ctx context.Context, timeout time.Duration, path string, check func([]byte) error) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	client, err := c.HTTPClient()
 	if err != nil {
@@ -228,7 +234,7 @@ func (c *Cluster) waitAPI(ctx context.Context) error {
 	}
 	defer client.CloseIdleConnections()
 	return poll(ctx, func() error {
-		request, err := http.NewRequestWithContext(ctx, http.MethodGet, apiURL()+"/readyz", nil)
+		request, err := http.NewRequestWithContext(ctx, http.MethodGet, apiURL()+path, nil)
 		if err != nil {
 			return err
 		}
@@ -237,10 +243,17 @@ func (c *Cluster) waitAPI(ctx context.Context) error {
 			return err
 		}
 		defer answer.Body.Close()
-		if answer.StatusCode != http.StatusOK {
-			return fmt.Errorf("status %s", answer.Status)
+		body, err := io.ReadAll(answer.Body)
+		if err != nil {
+			return fmt.Errorf("read %s: %w", path, err)
 		}
-		return nil
+		if answer.StatusCode != http.StatusOK {
+			return fmt.Errorf("read %s: status %s", path, answer.Status)
+		}
+		if check == nil {
+			return nil
+		}
+		return check(body)
 	})
 }
 
@@ -290,17 +303,32 @@ func (c *Cluster) kubectlQuiet(ctx context.Context, input string, args ...string
 }
 
 func (c *Cluster) waitNodes(ctx context.Context, names []string) error {
-	args := []string{"wait", "--timeout=" + nodeTimeout.String()}
 	for _, name := range names {
-		args = append(args, "node/"+name)
-	}
-	// A node object appears when its kubelet registers it.
-	if err := c.kubectlQuiet(ctx, "", append(args, "--for=create")...); err != nil {
-		return err
-	}
-	if err := c.kubectlQuiet(ctx, "", append(args, "--for=condition=Ready")...); err != nil {
-		return err
+		if err := c.waitObject(ctx, nodeTimeout, "/api/v1/nodes/"+name, isReady); err != nil {
+			return fmt.Errorf("node %s: %w", name, err)
+		}
 	}
 	// Without it no pod is admitted, and a controller makes it when it gets to it.
-	return c.kubectlQuiet(ctx, "", "wait", "--timeout="+nodeTimeout.String(), "--for=create", "serviceaccount/default")
+	return c.waitObject(ctx, nodeTimeout, "/api/v1/namespaces/default/serviceaccounts/default", nil)
+}
+
+// isReady reads just as much of a node object as the question needs.
+func isReady(object []byte) error {
+	var node struct {
+		Status struct {
+			Conditions []struct{ Type, Status, Message string }
+		}
+	}
+	if err := json.Unmarshal(object, &node); err != nil {
+		return fmt.Errorf("decode node: %w", err)
+	}
+	for _, condition := range node.Status.Conditions {
+		if condition.Type == "Ready" && condition.Status == "True" {
+			return nil
+		}
+		if condition.Type == "Ready" {
+			return fmt.Errorf("not ready: %s", condition.Message)
+		}
+	}
+	return errors.New("not ready: its kubelet has not reported yet")
 }
