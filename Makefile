@@ -44,7 +44,7 @@ assemble: ## Copy upstream's sources, apply the patch queue, generate code
 
 ##@ Test
 .PHONY: test lint test-unit test-patched test-upstream test-root
-test: lint test-unit patch-check build test-patched test-upstream test-root ## Everything; what .ci/run calls
+test: lint test-unit generate-check patch-check build test-patched test-upstream test-root ## Everything; what .ci/run calls
 
 lint: ## gofmt and go vet, nothing patched
 	@files=$$(gofmt -l cri-api kubelet containerd-cri tools cluster-setup); \
@@ -63,6 +63,16 @@ test-upstream: assemble ## Upstream's own tests of every package that a patch na
 
 test-root: image ## Tests that need root: the containerd side against real containerd, runc and CRIU
 	go test $(PATCHED),root -count=1 -timeout 30m $(call tagged,root)
+
+##@ Generated code of ours
+.PHONY: generate generate-check
+generate: deps ## Write the Go code of the CRI extension from its .proto
+	@go build -o .build/tools/ google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
+	@PATH="$(CURDIR)/.build/tools:$$PATH" protoc --go_out=. --go_opt=paths=source_relative \
+		--go-grpc_out=. --go-grpc_opt=paths=source_relative cri-api/migration/v1alpha1/migration.proto
+
+generate-check: generate ## Fail if the committed code is not what the .proto gives
+	@git diff --exit-code -I '^// .*protoc ' -- 'cri-api/*.pb.go' || { echo "the generated code is stale: commit what make generate wrote"; exit 1; }
 
 ##@ Images and the local cluster (cluster-setup/README.md)
 NODES ?= 2
