@@ -65,14 +65,16 @@ test-root: image ## Tests that need root: the containerd side against real conta
 	go test $(PATCHED),root -count=1 -timeout 30m $(call tagged,root)
 
 ##@ Generated code of ours
+CRI_API := cri-api/migration/v1alpha1
+
 .PHONY: generate generate-check
 generate: deps ## Write the Go code of the CRI extension from its .proto
 	@go build -o .build/tools/ google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
-	@PATH="$(CURDIR)/.build/tools:$$PATH" protoc --go_out=. --go_opt=paths=source_relative \
-		--go-grpc_out=. --go-grpc_opt=paths=source_relative cri-api/migration/v1alpha1/migration.proto
+	@PATH="$(CURDIR)/.build/tools:$$PATH" protoc -I $(CRI_API) --go_out=$(CRI_API) --go_opt=paths=source_relative \
+		--go-grpc_out=$(CRI_API) --go-grpc_opt=paths=source_relative migration.proto
 
 generate-check: generate ## Fail if the committed code is not what the .proto gives
-	@git diff --exit-code -I '^// .*protoc ' -- 'cri-api/*.pb.go' || { echo "the generated code is stale: commit what make generate wrote"; exit 1; }
+	@git diff --exit-code --stat -I '^// .*protoc ' -- '$(CRI_API)/*.pb.go' || { echo "the generated code is stale: commit what make generate wrote"; exit 1; }
 
 ##@ Images and the local cluster (cluster-setup/README.md)
 NODES ?= 2
