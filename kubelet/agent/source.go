@@ -356,6 +356,8 @@ func (s *source) askTarget(ctx context.Context) {
 	outcome := func(o migration.Outcome, reason migration.Reason, text string) {
 		s.d.post(migration.TargetAnswered{Outcome: o, Reason: reason, Message: text})
 	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
 	p, err := s.a.peer(ctx, id.PeerNode)
 	if err != nil {
 		outcome(migration.OutcomeUnknown, "", err.Error())

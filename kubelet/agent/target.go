@@ -342,8 +342,15 @@ func (t *target) connection(ctx context.Context) (Peer, error) {
 	return t.source, nil
 }
 
+// callTimeout bounds every request but the stream.
+const callTimeout = 2 * time.Minute
+
 // call sends one request to the source and tells the engine what became of it.
 func (t *target) call(ctx context.Context, e migration.Call) {
+	// The engine has its own, shorter deadlines and asks again; this one keeps a
+	// connection that went silent from staying for ever.
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
 	err := t.request(ctx, e)
 	answered := migration.Answered{Verb: e.Verb, Verdict: migration.Verdict(peer.VerdictOf(err))}
 	if err != nil {

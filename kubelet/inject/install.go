@@ -1,0 +1,179 @@
+//go:build podmig_patched
+
+package inject
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net/http"
+	"path/filepath"
+	"sync"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
+	utilfeature "k8s.io/apiserver/pkg/util/feature"
+	"k8s.io/client-go/rest"
+	"k8s.io/component-base/metrics/legacyregistry"
+	"k8s.io/klog/v2"
+	"k8s.io/kubernetes/cmd/kubelet/app"
+	"k8s.io/kubernetes/pkg/features"
+	"k8s.io/kubernetes/pkg/kubelet"
+	kubeletconfig "k8s.io/kubernetes/pkg/kubelet/apis/config"
+	kubecontainer "k8s.io/kubernetes/pkg/kubelet/container"
+	"k8s.io/kubernetes/pkg/kubelet/prober"
+	"k8s.io/kubernetes/pkg/kubelet/server"
+
+	cri "podmig.dev/podmig/cri-api/migration/v1alpha1"
+	"podmig.dev/podmig/kubelet/agent"
+	"podmig.dev/podmig/kubelet/guard"
+	"podmig.dev/podmig/kubelet/journal"
+	"podmig.dev/podmig/kubelet/peer"
+)
+
+var once sync.Once
+
+// Install sets the hooks. A process has one kubelet, so it may be called once.
+func Install() {
+	installed := false
+	once.Do(func() {
+		installed = true
+		i := &injector{}
+		app.UseClientConfig = func(c *rest.Config) { i.client = c }
+		kubelet.AdjustDependencies = i.adjust
+	})
+	if !installed {
+		panic("inject: the hooks are already set")
+	}
+}
+
+// injector connects the hooks with the agent, which exists as soon as the kubelet
+// does.
+type injector struct {
+	// client is how the kubelet talks to the API server; nil without one.
+	client  *rest.Config
+	guard   *guard.Guard
+	agent   *agent.Agent
+	runtime cri.MigrationServiceClient
+}
+
+// adjust is called with the connections to the runtime made and the kubelet not yet
+// built.
+func (i *injector) adjust(ctx context.Context, cfg *kubeletconfig.KubeletConfiguration, deps *kubelet.Dependencies) error {
+	if !utilfeature.DefaultFeatureGate.Enabled(features.PodMigration) {
+		return nil
+	}
+	logger := klog.FromContext(ctx)
+	if i.client == nil {
+		logger.Info("Pods cannot be moved, the kubelet runs without an API server")
+		return nil
+	}
+	identity, err := nodeIdentity(i.client)
+	if err != nil {
+		return fmt.Errorf("pod migration: %w", err)
+	}
+	conn, err := grpc.NewClient(cfg.ContainerRuntimeEndpoint, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return fmt.Errorf("pod migration: connect to the container runtime: %w", err)
+	}
+	runtime := deps.RemoteRuntimeService
+	i.guard = guard.New()
+	i.runtime = cri.NewMigrationServiceClient(conn)
+	deps.RemoteRuntimeService = i.guard.Wrap(runtime)
+
+	deps.Options = append(deps.Options, func(kl *kubelet.Kubelet) {
+		// An option cannot fail. The guard keeps every pod untouched until the journal
+		// was read, so a kubelet that goes on without it does no harm; it ends here all
+		// the same, because it could do no good either.
+		if err := i.attach(ctx, kl, &containers{runtime}, identity); err != nil {
+			logger.Error(err, "Pod migration cannot start")
+			klog.FlushAndExit(klog.ExitFlushTimeout, 1)
+		}
+	})
+	return nil
+}
+
+// attach makes the agent and lets it continue what the journal knows.
+func (i *injector) attach(ctx context.Context, kl *kubelet.Kubelet, cs *containers, identity *tls.Config) error {
+	j, err := journal.Open(filepath.Join(kl.RootDirectory(), "migrations"))
+	if err != nil {
+		return err
+	}
+	m := agent.NewMetrics()
+	for _, c := range m.All() {
+		legacyregistry.MustRegister(c)
+	}
+	i.agent = agent.New(ctx, agent.Config{
+		Node:       &node{kl},
+		API:        &apiServer{kl.KubeClient()},
+		Containers: cs,
+		Runtime:    i.runtime,
+		Journal:    j,
+		Guard:      i.guard,
+		Metrics:    m,
+		DialStream: agent.DialStream,
+		Dial: func(name, address string) (agent.Peer, error) {
+			cfg := identity.Clone()
+			// The API server's name, which the kubeconfig may give, is not the peer's.
+			cfg.ServerName = ""
+			return peer.NewClient(peer.ClientConfig{Address: address, Node: name, TLS: cfg})
+		},
+	})
+	kubelet.SyncRuntimePod = i.sync
+	kubelet.RefuseKill = func(pod *v1.Pod) error { return i.agent.RefuseKill(string(pod.UID)) }
+	prober.ProbesSuspended = func(uid types.UID) bool { return i.agent.ProbesSuspended(string(uid)) }
+	server.MigrationHandler = i.handler
+	return i.agent.Recover()
+}
+
+// sync stands in for the runtime's SyncPod.
+func (i *injector) sync(ctx context.Context, pod *v1.Pod, _ *kubecontainer.PodStatus, sync func(*v1.Pod) kubecontainer.PodSyncResult) kubecontainer.PodSyncResult {
+	if !i.agent.Takes(pod) {
+		return sync(pod)
+	}
+	var result kubecontainer.PodSyncResult
+	err := i.agent.Sync(ctx, pod, func(shell *v1.Pod) error {
+		result = sync(shell)
+		return result.Error()
+	})
+	if err != nil && result.Error() == nil {
+		result.Fail(err)
+	}
+	return result
+}
+
+func (i *injector) handler(ctx context.Context, auth server.AuthInterface) http.Handler {
+	return peer.NewServer(ctx, i.agent, func(r *http.Request) (string, bool) {
+		// The filter in front has authenticated and authorised this request already and
+		// keeps to itself who it was.
+		info, ok, err := auth.AuthenticateRequest(r)
+		if err != nil || !ok {
+			return "", false
+		}
+		return info.User.GetName(), true
+	})
+}
+
+// nodeIdentity returns with which certificate the kubelet talks to the API server
+// and whom it trusts there. Kubelets use the same towards each other.
+func nodeIdentity(c *rest.Config) (*tls.Config, error) {
+	var cfg *tls.Config
+	var err error
+	if c.Transport != nil {
+		// With certificate rotation the transport has the certificates.
+		cfg, err = utilnet.TLSClientConfig(c.Transport)
+	} else {
+		cfg, err = rest.TLSConfigFor(c)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the kubelet's client certificate: %w", err)
+	}
+	if cfg == nil || cfg.RootCAs == nil || len(cfg.Certificates) == 0 && cfg.GetClientCertificate == nil {
+		return nil, errors.New("the kubelet talks to the API server without a client certificate or without verifying it; give it a kubeconfig with both")
+	}
+	return cfg, nil
+}
