@@ -384,6 +384,12 @@ func testNodes(ctx context.Context, t *testing.T, plane *controlPlane, admin kub
 	setPhase(ctx, t, admin, "db", corev1.PodFailed)
 	eventually(ctx, t, "a is done with the clone", func() error { return forbidden(getPod("a", "db-2")) })
 	check("both have finished", nil, map[string]error{"a reads node b": getNode("a", "b"), "b reads the source": getPod("b", "db")})
+
+	// A node is told "forbidden", not "not found", about pods that are gone, its own among them.
+	if err := pods.Delete(ctx, "db-2", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(ctx, t, "b is done with the clone", func() error { return forbidden(getPod("b", "db-2")) })
 }
 
 func ptrTo[T any](v T) *T { return &v }
