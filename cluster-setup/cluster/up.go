@@ -304,12 +304,43 @@ func (c *Cluster) kubectlQuiet(ctx context.Context, input string, args ...string
 
 func (c *Cluster) waitNodes(ctx context.Context, names []string) error {
 	for _, name := range names {
-		if err := c.waitObject(ctx, nodeTimeout, "/api/v1/nodes/"+name, isReady); err != nil {
-			return fmt.Errorf("node %s: %w", name, err)
+		ctx, stop := c.whileStable(ctx, name)
+		err := c.waitObject(ctx, nodeTimeout, "/api/v1/nodes/"+name, isReady)
+		cause := context.Cause(ctx)
+		stop()
+		if err != nil {
+			return fmt.Errorf("node %s: %w", name, errors.Join(cause, err))
 		}
 	}
 	// Without it no pod is admitted, and a controller makes it when it gets to it.
 	return c.waitObject(ctx, nodeTimeout, "/api/v1/namespaces/default/serviceaccounts/default", nil)
+}
+
+// hopeless is how many ends in a row tell that a component will not stay up.
+const hopeless = 4
+
+// whileStable returns a context that ends when one of a machine's components keeps ending, since nothing good will come then.
+func (c *Cluster) whileStable(ctx context.Context, machine string) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	go func() {
+		for ctx.Err() == nil {
+			components, err := c.machine(machine).Supervisor().Status(ctx)
+			if err != nil {
+				cancel(err)
+				return
+			}
+			for _, one := range components {
+				if one.Restarts >= hopeless {
+					cancel(fmt.Errorf("%s ended %d times, with %s: see localcluster logs %s %s", one.Name, one.Restarts, one.LastExit, machine, one.Name))
+				}
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Second):
+			}
+		}
+	}()
+	return ctx, func() { cancel(nil) }
 }
 
 // isReady reads just as much of a node object as the question needs.
