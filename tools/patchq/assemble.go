@@ -68,6 +68,7 @@ func (r Repo) Assemble() error {
 		return fmt.Errorf("remove old stamp: %w", err)
 	}
 
+	r.logf("assemble: fetching, copying and patching upstream's sources")
 	modules := map[string]string{}
 	for _, u := range Upstreams {
 		if err := r.assembleOne(u, modules); err != nil {

@@ -75,6 +75,7 @@ func (r Repo) generate(t Tree, patched Overlay) (Overlay, error) {
 		return o, nil
 	}
 
+	r.logf("  an API type changed: running upstream's code generators, about a minute")
 	if err := os.RemoveAll(base); err != nil {
 		return nil, fmt.Errorf("clear generator folder: %w", err)
 	}
