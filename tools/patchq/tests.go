@@ -7,8 +7,9 @@ import (
 	"strings"
 )
 
-// TestPackages lists the upstream packages whose own tests have to stay green, as patterns for go test. A patch names
-// them by import path, or by a path of the tree that begins with a dot.
+// TestPackages lists the upstream packages whose own tests have to stay green, as patterns for go test: every package
+// that a patch changes, and those that its header names by import path, or by a path of the tree that begins with a
+// dot.
 func (r Repo) TestPackages() ([]string, error) {
 	seen := map[string]bool{}
 	for _, u := range Upstreams {
@@ -21,6 +22,11 @@ func (r Repo) TestPackages() ([]string, error) {
 			return nil, err
 		}
 		for _, p := range patches {
+			for _, f := range p.Files {
+				if path.Ext(f.Name) == ".go" && !f.Deleted && !strings.Contains(f.Name, "/testdata/") {
+					seen[tree.importPath(path.Dir(f.Name))] = true
+				}
+			}
 			for _, name := range strings.Fields(p.Trailers["Tests"]) {
 				pattern, err := tree.testPattern(strings.TrimRight(name, ","))
 				if err != nil {
