@@ -151,7 +151,7 @@ func dump(ctx context.Context, t *testing.T, k *kit.Kit) {
 // sessions of the runtime, frozen processes and CRIU itself. The last line shows that
 // the script ran to its end.
 const leftovers = `
-find /var/lib/kubelet/migrations -type f 2>/dev/null
+find /var/lib/kubelet/migrations -type f ! -name '.*' 2>/dev/null
 find /run/containerd/io.containerd.grpc.v1.podmig-migration -mindepth 2 -type f 2>/dev/null
 find /sys/fs/cgroup -name freezer.state 2>/dev/null | while read f; do s=$(cat $f 2>/dev/null); case "$s" in FROZEN|FREEZING) echo frozen $f;; esac; done
 find /sys/fs/cgroup -name cgroup.freeze 2>/dev/null | while read f; do s=$(cat $f 2>/dev/null); case "$s" in 1) echo frozen $f;; esac; done

@@ -113,7 +113,6 @@ func TestRedisMovesAndMovesBack(t *testing.T) {
 		if got := r.cli(ctx, t, "eval", sum, "0"); got != "1000000" {
 			t.Fatalf("move %d: %s", i, got)
 		}
-		r.cli(ctx, t, "config", "set", "loglevel", "notice")
 		after, err := k.Logs(ctx, name, "redis")
 		if err != nil || !strings.HasPrefix(after, first) {
 			t.Fatalf("move %d: the log has lost lines: %v\n%s", i, err, after)
