@@ -47,6 +47,10 @@ type Config struct {
 	DialStream func(ctx context.Context, address string) (StreamConn, error)
 	Metrics    *Metrics
 	Deadlines  migration.Deadlines
+	// Point, if set, is called by the loops before each effect with the name of the
+	// effect, for example "source.freeze" or "target.call-commit". Tests use it to stop
+	// a migration at a place of their choice; see kubelet/inject.
+	Point func(name string)
 }
 
 // Agent moves the pods of one node. Its methods may be called concurrently.

@@ -3,8 +3,10 @@ package agent
 import (
 	"context"
 	"errors"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"k8s.io/klog/v2"
 
@@ -28,6 +30,8 @@ type driver struct {
 	// perform carries out the effects that the driver does not know itself. It is
 	// called by the loop and must not block.
 	perform func(migration.Effect)
+	// point is Config.Point.
+	point func(string)
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -132,12 +136,21 @@ func (d *driver) run() {
 		}
 		d.log.V(4).Info("Migration step", "event", e, "effects", effects)
 		for _, effect := range effects {
+			if d.point != nil {
+				d.point(pointName(d.side, effect))
+			}
 			d.do(effect)
 		}
 		if terminal {
 			return
 		}
 	}
+}
+
+// pointName makes a file name of an effect's words.
+func pointName(side migration.Side, e migration.Effect) string {
+	words := strings.FieldsFunc(strings.ToLower(e.String()), func(r rune) bool { return !unicode.IsLetter(r) && !unicode.IsDigit(r) })
+	return string(side) + "." + strings.Join(words, "-")
 }
 
 func (d *driver) do(effect migration.Effect) {

@@ -49,7 +49,7 @@ func (a *Agent) addSource(m *migration.Source) *source {
 	s := &source{a: a, m: m, requests: make(map[migration.RequestID]chan<- reply), free: make(chan struct{})}
 	close(s.free)
 	s.d = newDriver(a.ctx, migration.SideSource, m, a.cfg.Journal)
-	s.d.perform = s.perform
+	s.d.perform, s.d.point = s.perform, a.cfg.Point
 	a.mu.Lock()
 	a.sources[id.Session] = s
 	a.pods[id.SourceUID] = id.Session

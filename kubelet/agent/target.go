@@ -49,7 +49,7 @@ func (a *Agent) addTarget(m *migration.Target) *target {
 	id := m.Identity()
 	t := &target{a: a, m: m, create: make(chan struct{}, 1)}
 	t.d = newDriver(a.ctx, migration.SideTarget, m, a.cfg.Journal)
-	t.d.perform = t.perform
+	t.d.perform, t.d.point = t.perform, a.cfg.Point
 	a.cfg.Guard.Set(id.Session, guard.Hold{WithholdStart: true, Started: a.touchLog})
 	a.mu.Lock()
 	a.targets[id.Session] = t

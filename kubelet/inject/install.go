@@ -115,6 +115,7 @@ func (i *injector) attach(ctx context.Context, kl *kubelet.Kubelet, cs *containe
 		Journal:    j,
 		Guard:      i.guard,
 		Metrics:    m,
+		Point:      faultPoint,
 		DialStream: agent.DialStream,
 		Dial: func(name, address string) (agent.Peer, error) {
 			cfg := identity.Clone()
