@@ -196,7 +196,16 @@ func (s *Source) inFresh(e Event) bool {
 		s.setTimer(TimerDeadline, s.dl.Idle)
 		return true
 	}
-	return s.common(e, CodeWrongState, "the session was not opened")
+	return s.idle(e, "the session was not opened")
+}
+
+// idle has the rules of Fresh and Open, where nothing was asked of the runtime.
+func (s *Source) idle(e Event, msg string) bool {
+	switch e.(type) {
+	case RuntimeFailed, RuntimeRestarted, StreamBroken:
+		return true
+	}
+	return s.common(e, CodeWrongState, msg)
 }
 
 func (s *Source) inOpen(e Event) bool {
@@ -213,15 +222,13 @@ func (s *Source) inOpen(e Event) bool {
 		// From here the runtime keeps a session, which a crash must not leave behind.
 		s.write(string(SourcePreparing), true, "", "", false)
 		return true
-	case RuntimeRestarted, RuntimeFailed:
-		return true // Nothing was asked of the runtime.
 	case TimerFired:
 		if e.Timer == TimerDeadline {
 			s.abort(ReasonDeadlineExceeded, "the target opened a session and did not use it")
 		}
 		return true
 	}
-	return s.common(e, CodeWrongState, "the stream was not asked for")
+	return s.idle(e, "the stream was not asked for")
 }
 
 func (s *Source) inPreparing(e Event) bool {
@@ -364,7 +371,7 @@ func (s *Source) inGiving(e Event) bool {
 	case Cancelled, RuntimeRestarted, RuntimeFailed, StreamBroken, StreamSent:
 		// The target has everything; the record decides.
 	default:
-		return s.common(e, CodeWrongState, "the pod is being given away")
+		return s.refuseAny(e, CodeWrongState, "the pod is being given away") || sourceEvent(e)
 	}
 	return true
 }
@@ -388,7 +395,7 @@ func (s *Source) inGivenAway(e Event) bool {
 	case Cancelled, RuntimeRestarted, RuntimeFailed, StreamBroken, StreamSent, CheckpointFrozen:
 		// Whatever happens here, the target may be running the pod.
 	default:
-		return s.common(e, CodeGivenAway, "the target owns the pod")
+		return s.refuseAny(e, CodeGivenAway, "the target owns the pod") || sourceEvent(e)
 	}
 	return true
 }
@@ -682,11 +689,10 @@ func (s *Source) common(e Event, code Code, msg string) bool {
 	case PeerFenced:
 		s.abort(ReasonCancelled, e.Message)
 	case RuntimeFailed:
-		r := ReasonPrepareFailed
-		if e.Op == OpFreeze {
-			r = ReasonFreezeFailed
+		reason, ours := map[Op]Reason{OpPrepareCheckpoint: ReasonPrepareFailed, OpFreeze: ReasonFreezeFailed}[e.Op]
+		if ours {
+			s.abort(reason, "the source's runtime failed to "+string(e.Op)+": "+e.Message)
 		}
-		s.abort(r, "the source's runtime failed to "+string(e.Op)+": "+e.Message)
 	case RuntimeRestarted:
 		// It may have thawed what it froze.
 		s.abort(ReasonRuntimeRestarted, "the source's runtime restarted before the commit")

@@ -109,6 +109,9 @@ func LoadTarget(r Record, dl Deadlines) (*Target, error) {
 	t := NewTarget(r.Identity, dl)
 	t.state, t.reason, t.message, t.tell = TargetState(r.State), r.Reason, r.Message, r.Tell
 	t.fresh, t.recorded, t.armed = true, true, true
+	if t.reason == "" && t.state == TargetFailing {
+		t.reason = ReasonRestoreFailed
+	}
 	return t, nil
 }
 
@@ -273,7 +276,7 @@ func (t *Target) inReceiving(e Event) bool {
 	switch e.(type) {
 	case RoundsDone:
 		t.state = TargetFreezeAsked
-		t.emit(Call{Verb: VerbFreeze}, Report{Reason: ReasonFreezing, Message: "The source is frozen for the last part of its state."})
+		t.emit(Call{Verb: VerbFreeze}, Report{Reason: ReasonFreezing, Message: "The source is being frozen for the last part of its state."})
 		t.setTimer(TimerDeadline, t.dl.Freeze)
 		return true
 	case Verified:
@@ -311,7 +314,7 @@ func (t *Target) inCommitting(e Event) bool {
 			t.abort(ReasonJournalFailed, "the target's journal cannot be written: "+e.Message, true)
 		}
 	case Answered:
-		if e.Verb == VerbCommit {
+		if e.Verb == VerbCommit && t.asked {
 			t.commitAnswered(e)
 		}
 	case TimerFired:
@@ -419,7 +422,7 @@ func (t *Target) inRunning(e Event) bool {
 			t.running()
 		}
 	case Answered:
-		if e.Verb == VerbDone {
+		if e.Verb == VerbDone && t.todo&choreTell != 0 {
 			t.doneAnswered(e)
 		}
 	case Cancelled:
@@ -698,11 +701,10 @@ func (t *Target) before(e Event) bool {
 	case StreamBroken:
 		t.abort(ReasonStreamFailed, "the stream broke: "+e.Message, true)
 	case RuntimeFailed:
-		r := ReasonPrepareFailed
-		if e.Op == OpVerify {
-			r = ReasonVerifyFailed
+		reason, ours := map[Op]Reason{OpCreate: ReasonPrepareFailed, OpPrepareRestore: ReasonPrepareFailed, OpVerify: ReasonVerifyFailed}[e.Op]
+		if ours {
+			t.abort(reason, "the target failed to "+string(e.Op)+": "+e.Message, true)
 		}
-		t.abort(r, "the target failed to "+string(e.Op)+": "+e.Message, true)
 	case RuntimeRestarted:
 		if t.armed {
 			t.abort(ReasonRuntimeRestarted, "the target's runtime restarted before the commit", true)

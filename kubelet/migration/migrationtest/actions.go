@@ -2,6 +2,7 @@ package migrationtest
 
 import (
 	"slices"
+	"time"
 
 	m "podmig.dev/podmig/kubelet/migration"
 )
@@ -17,11 +18,14 @@ func (w *World) Actions() []Action {
 			rest = append(rest, a)
 		}
 	}
+	timed := func(due time.Duration, name string, do func()) {
+		rest = append(rest, Action{Name: name, Kind: Time, do: do, due: due})
+	}
+	for _, h := range []*host{w.S, w.T} {
+		h.actions(add, timed)
+	}
 	for _, msg := range slices.Clone(w.net) {
 		w.messageActions(msg, add)
-	}
-	for _, h := range []*host{w.T, w.S} {
-		h.actions(add)
 	}
 	if w.stream == flowing || w.stream == complete {
 		add(Fault, "the stream breaks", func() { w.breakStream(nil) })
@@ -84,7 +88,7 @@ func (w *World) messageActions(msg *message, add func(Kind, string, func())) {
 	}
 }
 
-func (h *host) actions(add func(Kind, string, func())) {
+func (h *host) actions(add func(Kind, string, func()), timed func(time.Duration, string, func())) {
 	w := h.w
 	side := string(h.side)
 	if h.gone {
@@ -93,6 +97,9 @@ func (h *host) actions(add func(Kind, string, func())) {
 	if !h.up {
 		add(Normal, side+"'s kubelet comes back", h.restart)
 		add(Fault, side+"'s node is switched off for good", h.switchOff)
+		if h == w.T && w.Recorded == "" {
+			add(Fault, "target's node loses its disk", h.loseDisk)
+		}
 		return
 	}
 	if h.peer().gone && !h.fenced {
@@ -135,10 +142,10 @@ func (h *host) actions(add func(Kind, string, func())) {
 		})
 	}
 	for _, timer := range []m.Timer{m.TimerRetry, m.TimerDeadline} {
-		if gen, ok := h.timers[timer]; ok {
-			add(Time, side+"'s "+string(timer)+" passes", func() {
+		if a, ok := h.timers[timer]; ok {
+			timed(a.due, side+"'s "+string(timer)+" passes", func() {
 				delete(h.timers, timer)
-				h.step(m.TimerFired{Timer: timer, Gen: gen})
+				h.step(m.TimerFired{Timer: timer, Gen: a.gen})
 			})
 		}
 	}
@@ -162,7 +169,7 @@ func (h *host) crash() {
 	h.up = false
 	h.source, h.target = nil, nil
 	h.journal, h.runtime, h.api, h.results = nil, nil, nil, nil
-	h.timers = map[m.Timer]uint64{}
+	h.timers = map[m.Timer]alarm{}
 	if h == w.S {
 		w.Guarded, w.Suspended = false, false
 		w.requests = map[m.RequestID]*message{}
@@ -189,6 +196,14 @@ func (h *host) switchOff() {
 	} else if h.w.Clone == Running || h.w.Clone == Partial {
 		h.w.Clone = Dead
 	}
+	delete(h.w.sessions, string(h.side))
+}
+
+// loseDisk is a node that is set up anew under its old name. The source's cannot do
+// that here: without its record its kubelet would start the pod's containers again.
+func (h *host) loseDisk() {
+	h.record = nil
+	h.w.Clone = Absent
 	delete(h.w.sessions, string(h.side))
 }
 

@@ -38,7 +38,7 @@ func (h *host) carryOut(e m.Effect) {
 			},
 		})
 	case m.SetTimer:
-		h.timers[e.Timer] = e.Gen
+		h.timers[e.Timer] = alarm{e.Gen, w.now + e.After}
 	case m.StopTimer:
 		delete(h.timers, e.Timer)
 	case m.Report, m.AdmitRestored:

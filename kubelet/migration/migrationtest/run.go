@@ -21,17 +21,20 @@ func (w *World) Finish() error {
 	return fmt.Errorf("turns in circles: %s", w.Summary())
 }
 
-// next is what happens next when nothing goes wrong.
+// next is what happens next when nothing goes wrong: what can happen at once, or the
+// timer that is due first.
 func (w *World) next() (Action, bool) {
-	all := w.Actions()
-	for _, k := range []Kind{Normal, Time} {
-		for _, a := range all {
-			if a.Kind == k {
-				return a, true
-			}
+	var first Action
+	found := false
+	for _, a := range w.Actions() {
+		if a.Kind == Normal {
+			return a, true
+		}
+		if a.Kind == Time && (!found || a.due < first.due) {
+			first, found = a, true
 		}
 	}
-	return Action{}, false
+	return first, found
 }
 
 // Random carries out up to steps actions that choose picks, then Finish. choose gets

@@ -12,6 +12,7 @@ package migrationtest
 import (
 	"fmt"
 	"slices"
+	"time"
 
 	"podmig.dev/podmig/kubelet/migration"
 )
@@ -47,6 +48,8 @@ type Action struct {
 	Name string
 	Kind Kind
 	do   func()
+	// due is when it happens by itself, for timers.
+	due time.Duration
 }
 
 // World is the model. Its zero value is not usable; see New.
@@ -72,6 +75,7 @@ type World struct {
 	requests  map[migration.RequestID]*message
 	nextReq   migration.RequestID
 	log       func(string)
+	now       time.Duration
 	violation error
 }
 
@@ -98,7 +102,13 @@ type host struct {
 
 	journal, runtime, api []task
 	results               []migration.Event
-	timers                map[migration.Timer]uint64
+	timers                map[migration.Timer]alarm
+}
+
+// alarm is a timer that runs.
+type alarm struct {
+	gen uint64
+	due time.Duration
 }
 
 // task is something a host has been told to do.
@@ -136,8 +146,8 @@ type message struct {
 func New(log func(string)) *World {
 	w := &World{Source: Running, Clone: Absent, log: log,
 		sessions: map[string]bool{}, requests: map[migration.RequestID]*message{}}
-	w.S = &host{w: w, side: migration.SideSource, up: true, timers: map[migration.Timer]uint64{}}
-	w.T = &host{w: w, side: migration.SideTarget, up: true, timers: map[migration.Timer]uint64{}}
+	w.S = &host{w: w, side: migration.SideSource, up: true, timers: map[migration.Timer]alarm{}}
+	w.T = &host{w: w, side: migration.SideTarget, up: true, timers: map[migration.Timer]alarm{}}
 	w.T.begin()
 	return w
 }
@@ -298,6 +308,7 @@ func (w *World) Summary() string {
 
 // Do carries out an action.
 func (w *World) Do(a Action) {
+	w.now = max(w.now, a.due)
 	if a.Kind != Normal {
 		w.say("* " + a.Name)
 	}
