@@ -331,7 +331,7 @@ func (c *Cluster) whileStable(ctx context.Context, machine string) (context.Cont
 			}
 			for _, one := range components {
 				if one.Restarts >= hopeless {
-					cancel(fmt.Errorf("%s ended %d times, with %s: see localcluster logs %s %s", one.Name, one.Restarts, one.LastExit, machine, one.Name))
+					cancel(fmt.Errorf("%s ended %d times, with %s; its last words: %s", one.Name, one.Restarts, one.LastExit, c.lastWords(machine, one.Name)))
 				}
 			}
 			select {
@@ -341,6 +341,16 @@ func (c *Cluster) whileStable(ctx context.Context, machine string) (context.Cont
 		}
 	}()
 	return ctx, func() { cancel(nil) }
+}
+
+// lastWords is the last line of a component's log: the log itself goes when a failed cluster is removed.
+func (c *Cluster) lastWords(machine, component string) string {
+	content, err := os.ReadFile(filepath.Join(c.machine(machine).Logs(), component+".log"))
+	if err != nil {
+		return err.Error()
+	}
+	lines := strings.Split(strings.TrimSpace(string(content)), "\n")
+	return lines[len(lines)-1]
 }
 
 // isReady reads just as much of a node object as the question needs.

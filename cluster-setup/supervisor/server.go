@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"os"
 	"os/signal"
@@ -32,6 +33,9 @@ func Listen(path string) (*net.UnixListener, error) {
 
 // Serve starts the components and takes orders until the context ends; it then stops the components.
 func Serve(ctx context.Context, listener *net.UnixListener, components []Component) error {
+	if err := closeInherited(); err != nil {
+		return err
+	}
 	s := &server{
 		processes:  &processes{waiters: map[int]chan<- unix.WaitStatus{}},
 		components: map[string]*component{},
@@ -158,4 +162,13 @@ func (s *server) exec(conn *net.UnixConn, r request, files []*os.File) error {
 	}()
 	status := <-ended
 	return writeMessage(conn, response{Done: true, ExitCode: exitCode(status)})
+}
+
+// closeInherited makes sure that nothing started here inherits a descriptor from whoever started the supervisor: CRIU cannot dump a file whose mount
+// it does not see.
+func closeInherited() error {
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return fmt.Errorf("mark inherited files: %w", err)
+	}
+	return nil
 }

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -19,9 +18,6 @@ import (
 func Init(specPath string) error {
 	spec, err := readSpec(specPath)
 	if err != nil {
-		return err
-	}
-	if err := closeInherited(); err != nil {
 		return err
 	}
 	if _, err := bufio.NewReader(os.Stdin).ReadString('\n'); err != nil {
@@ -86,13 +82,4 @@ var sysctls = []struct{ name, value string }{
 	{"ipv4/conf/default/rp_filter", "0"},
 	{"ipv6/conf/all/disable_ipv6", "1"},
 	{"ipv6/conf/default/disable_ipv6", "1"},
-}
-
-// closeInherited makes sure that nothing started here inherits a descriptor from the host: CRIU cannot dump a file whose mount
-// it does not see.
-func closeInherited() error {
-	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		return fmt.Errorf("mark inherited files: %w", err)
-	}
-	return nil
 }
