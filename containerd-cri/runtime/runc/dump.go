@@ -48,17 +48,17 @@ func (r *Runtime) Dump(ctx context.Context, c runtime.Container, dir string, out
 	}
 	start := time.Now()
 	args := []string{"--root", c.OCIRoot, "checkpoint", "--leave-running", "--image-path", images, "--work-path", work}
-	var err error
 	var said []byte
+	var err error
+	dump := plainDump
 	if _, lazy := userfaultFeatures(); lazy {
-		args = append(args, "--lazy-pages", "--page-server", "127.0.0.1:"+strconv.Itoa(pagePort), "--status-fd", "3", c.ID)
-		err = inPrivateNetwork(func() error {
-			said, err = lazyDump(exec.Command(c.OCIBinary, args...), conf, dir)
-			return err
-		})
-	} else {
-		said, err = plainDump(exec.Command(c.OCIBinary, append(args, c.ID)...), conf, dir)
+		dump = lazyDump
+		args = append(args, "--lazy-pages", "--page-server", "127.0.0.1:"+strconv.Itoa(pagePort), "--status-fd", "3")
 	}
+	err = onOwnThread(func() error {
+		said, err = dump(exec.Command(c.OCIBinary, append(args, c.ID)...), conf, dir)
+		return err
+	})
 	res.Duration = time.Since(start)
 	if err != nil {
 		err = dumpError(c, err, said, filepath.Join(work, "dump.log"))
@@ -153,9 +153,10 @@ func endPageServer() error {
 	}
 }
 
-// inPrivateNetwork calls f on a thread with a network namespace of its own, which
-// ends with the thread and with the processes f has started.
-func inPrivateNetwork(f func() error) error {
+// onOwnThread calls f on a thread that is prepared for CRIU: with a network
+// namespace of its own, which ends with the thread and with the processes f has
+// started, and where needed with an answer to questions about limits.
+func onOwnThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		// Never unlocked: the thread ends with the goroutine and is not reused.
@@ -166,6 +167,11 @@ func inPrivateNetwork(f func() error) error {
 			}
 			if err := loopbackUp(); err != nil {
 				return err
+			}
+			if !mayReadLimits() {
+				if err := answerLimits(); err != nil {
+					return err
+				}
 			}
 			return f()
 		}()

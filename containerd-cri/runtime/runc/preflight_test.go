@@ -222,3 +222,20 @@ func TestLogErrors(t *testing.T) {
 		t.Errorf("%q from no file", got)
 	}
 }
+
+func TestLimits(t *testing.T) {
+	for r := range 16 {
+		var want unix.Rlimit
+		if err := unix.Getrlimit(r, &want); err != nil {
+			t.Fatal(err)
+		}
+		soft, hard, err := limits("/proc/self/limits", r)
+		// Go raises the soft limit of open files for itself and hides it.
+		if err != nil || hard != want.Max || (soft != want.Cur && r != unix.RLIMIT_NOFILE) {
+			t.Errorf("resource %d: %d, %d, %v, want %v", r, soft, hard, err, want)
+		}
+	}
+	if _, _, err := limits("/proc/self/limits", 99); err == nil {
+		t.Error("a resource that does not exist has limits")
+	}
+}
