@@ -43,7 +43,7 @@ func NewMetrics() *Metrics {
 		}, []string{"direction"}),
 		Phase: metrics.NewHistogramVec(&metrics.HistogramOpts{
 			Subsystem: subsystem, Name: "phase_duration_seconds", StabilityLevel: metrics.ALPHA, Buckets: buckets,
-			Help: "Duration of the phases of a migration: freeze (until every container stood still), dump, frozen (from the request to freeze to the resumed clone).",
+			Help: "Duration of the phases of a migration. On the source: freeze (until every container stood still), dump (CRIU). On the target: create (sandbox, volumes, containers), final (from the request to freeze to the verified checkpoint), commit, restore, and frozen (from the request to freeze to the resumed clone).",
 		}, []string{"phase"}),
 	}
 }
@@ -61,12 +61,13 @@ func (m *Metrics) sourceEnded(s migration.SourceState) {
 	m.Ended.WithLabelValues("source", string(s)).Inc()
 }
 
-func (m *Metrics) targetEnded(s migration.TargetState, frozen time.Time, resumed int64) {
+func (m *Metrics) targetEnded(s migration.TargetState) {
 	m.Running.WithLabelValues("target").Dec()
 	m.Ended.WithLabelValues("target", string(s)).Inc()
-	if resumed > 0 && !frozen.IsZero() {
-		m.Phase.WithLabelValues("frozen").Observe(time.Unix(0, resumed).Sub(frozen).Seconds())
-	}
+}
+
+func (m *Metrics) phase(name string, d time.Duration) {
+	m.Phase.WithLabelValues(name).Observe(d.Seconds())
 }
 
 func (m *Metrics) frozen(r *cri.FreezeCheckpointResponse) {

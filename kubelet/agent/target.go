@@ -41,13 +41,14 @@ type target struct {
 	received *peer.Received
 	cut      context.CancelFunc
 	digest   string
-	frozenAt time.Time
 	resumed  int64
+	// since is when the phase of a name began.
+	since map[string]time.Time
 }
 
 func (a *Agent) addTarget(m *migration.Target) *target {
 	id := m.Identity()
-	t := &target{a: a, m: m, create: make(chan struct{}, 1)}
+	t := &target{a: a, m: m, create: make(chan struct{}, 1), since: make(map[string]time.Time)}
 	t.d = newDriver(a.ctx, migration.SideTarget, m, a.cfg.Journal)
 	t.d.perform, t.d.point = t.perform, a.cfg.Point
 	a.cfg.Guard.Set(id.Session, guard.Hold{WithholdStart: true, Started: a.touchLog})
@@ -62,7 +63,7 @@ func (a *Agent) addTarget(m *migration.Target) *target {
 			t.source.Close()
 			t.source = nil
 		}
-		a.cfg.Metrics.targetEnded(t.state(), t.frozenAt, t.resumed)
+		a.cfg.Metrics.targetEnded(t.state())
 	})
 	return t
 }
@@ -236,6 +237,7 @@ func shell(pod *v1.Pod) *v1.Pod {
 }
 
 func (t *target) createContainers(ctx context.Context, pod *v1.Pod, create func(*v1.Pod) error) {
+	t.begin("create")
 	if err := create(shell(pod)); err != nil {
 		t.fail(migration.OpCreate, err)
 		return
@@ -254,7 +256,31 @@ func (t *target) createContainers(ctx context.Context, pod *v1.Pod, create func(
 		}
 		cs = append(cs, migration.Container{Name: c.Name, ID: all[i].ID})
 	}
+	t.end("create")
 	t.d.post(migration.ContainersCreated{SandboxID: sandbox, Containers: cs})
+}
+
+// begin and end measure phases. A phase that begins again, after a request that was
+// lost, counts from its first beginning.
+func (t *target) begin(phases ...string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, p := range phases {
+		if _, ok := t.since[p]; !ok {
+			t.since[p] = time.Now()
+		}
+	}
+}
+
+func (t *target) end(phases ...string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, p := range phases {
+		// After a restart of the kubelet there is no beginning to count from.
+		if since, ok := t.since[p]; ok {
+			t.a.cfg.Metrics.phase(p, time.Since(since))
+		}
+	}
 }
 
 func (t *target) fail(op migration.Op, err error) {
@@ -383,13 +409,15 @@ func (t *target) request(ctx context.Context, e migration.Call) error {
 		}
 		return err
 	case migration.VerbFreeze:
-		t.mu.Lock()
-		t.frozenAt = time.Now()
-		t.mu.Unlock()
+		t.begin("final", "frozen")
 		_, err := p.Freeze(ctx, w, &wire.FreezeRequest{})
 		return err
 	case migration.VerbCommit:
+		t.begin("commit")
 		_, err := p.Commit(ctx, w, &wire.CommitRequest{ManifestDigest: digest})
+		if err == nil {
+			t.end("commit")
+		}
 		return err
 	case migration.VerbDone:
 		return p.Done(ctx, w, &wire.DoneRequest{ResumedAt: resumed})
@@ -519,6 +547,7 @@ func (t *target) verify(ctx context.Context) {
 	t.mu.Lock()
 	t.digest = resp.ManifestDigest
 	t.mu.Unlock()
+	t.end("final")
 	t.d.log.Info("Checkpoint is verified", "bytes", resp.StreamBytes, "manifest", resp.ManifestDigest)
 	t.d.post(migration.Verified{})
 }
@@ -526,6 +555,7 @@ func (t *target) verify(ctx context.Context) {
 // restore resumes all containers in parallel. One that failed does not cancel the
 // others: the engine wants to know that every call has returned.
 func (t *target) restore(ctx context.Context) {
+	t.begin("restore")
 	id := t.d.identity()
 	var g errgroup.Group
 	resumed := make([]int64, len(id.Containers))
@@ -547,6 +577,7 @@ func (t *target) restore(ctx context.Context) {
 	t.mu.Lock()
 	t.resumed = slices.Max(append(resumed, 0))
 	t.mu.Unlock()
+	t.end("restore", "frozen")
 	t.d.post(migration.Restored{})
 }
 
