@@ -202,7 +202,7 @@ func (h *host) switchOff() {
 // loseDisk is a node that is set up anew under its old name. The source's cannot do
 // that here: without its record its kubelet would start the pod's containers again.
 func (h *host) loseDisk() {
-	h.record = nil
+	h.record, h.wiped = nil, true
 	h.w.Clone = Absent
 	delete(h.w.sessions, string(h.side))
 }

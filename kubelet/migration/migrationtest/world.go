@@ -95,6 +95,8 @@ type host struct {
 	up   bool
 	// gone: the node is off for good; fenced: this kubelet knows that of its peer.
 	gone, fenced bool
+	// wiped: the node has lost its disk and what ran on it.
+	wiped bool
 
 	source *migration.Source
 	target *migration.Target
@@ -266,6 +268,9 @@ func (w *World) CheckEnd() error {
 		return fmt.Errorf("a runtime session is left behind: %v", w.sessions)
 	case w.Guarded || w.Suspended:
 		return fmt.Errorf("the source is still guarded or its probes suspended")
+	case w.T.wiped && w.Marked && w.cloneRan:
+		// The clone was the pod, and was lost with its node like any other pod.
+		return nil
 	case w.Recorded == "True" && (w.Clone != Running || w.Source != Dead || !w.Marked):
 		return fmt.Errorf("cloned, but source %s (marked %t), clone %s", w.Source, w.Marked, w.Clone)
 	case w.Recorded == "False" && (w.Source != Running || w.Clone == Running || w.Clone == Partial || w.Marked):
