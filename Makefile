@@ -42,6 +42,12 @@ build: deps ## Patch and compile everything into .build/bin [ONLY=kubernetes|con
 assemble: ## Copy upstream's sources, apply the patch queue, generate code
 	@$(PATCHQ) assemble
 
+.PHONY: clean
+clean: ## Remove the local cluster and all build products
+	@if [ -x .build/bin/localcluster ]; then .build/bin/localcluster down; fi
+	@if grep " $(CURDIR)/.build/" /proc/self/mounts; then echo "clean: still mounted, see above: stop what uses it first"; exit 1; fi
+	@rm -rf .build
+
 ##@ Test
 .PHONY: test lint test-unit test-patched test-upstream test-root
 test: lint test-unit generate-check patch-check build test-patched test-upstream test-root ## Everything; what .ci/run calls
