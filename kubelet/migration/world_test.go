@@ -136,22 +136,77 @@ func explore(t *testing.T, depth int) int {
 // replay runs a world in which the which[i]th thing that can go wrong does so before
 // step at[i]; ok is false when there is no such thing.
 func replay(at, which []int, log func(string)) (name string, ok bool, err error) {
-	w := migrationtest.New(log)
+	w, name := prepare(at, which, log)
+	if w == nil {
+		return "", false, nil
+	}
+	return name, true, w.Finish()
+}
+
+// world is the world of a replay before it is finished.
+func world(at, which []int, log func(string)) *migrationtest.World {
+	w, _ := prepare(at, which, log)
+	return w
+}
+
+func prepare(at, which []int, log func(string)) (w *migrationtest.World, name string) {
+	w = migrationtest.New(log)
 	step := 0
 	for i := range at {
 		for ; step < at[i]; step++ {
 			if !w.Next() {
-				return "", false, nil
+				return nil, ""
 			}
 		}
 		a, found := w.Nth(which[i])
 		if !found {
-			return "", false, nil
+			return nil, ""
 		}
 		name = a.Name
 		w.Do(a)
 	}
-	return name, true, w.Finish()
+	return w, name
+}
+
+// TestLossesAfterTheCommit: once the pod was given away, lost messages and restarted
+// kubelets cost time, but not the migration.
+func TestLossesAfterTheCommit(t *testing.T) {
+	n := 0
+	for step := 0; ; step++ {
+		w := migrationtest.New(nil)
+		for range step {
+			w.Next()
+		}
+		if w.State("source") == "none" && w.State("target") == "none" {
+			break
+		}
+		if w.State("source") != "GivenAway" && w.State("source") != "Releasing" {
+			continue
+		}
+		for choice := 0; ; choice++ {
+			name, ok, err := replay([]int{step}, []int{choice}, nil)
+			if !ok {
+				break
+			}
+			harmless := strings.HasSuffix(name, " is lost") || strings.Contains(name, "kubelet dies") ||
+				strings.Contains(name, "it still arrives") || strings.HasSuffix(name, "a second time") ||
+				strings.HasSuffix(name, " passes") || strings.HasSuffix(name, "the stream breaks") ||
+				strings.HasSuffix(name, "source's runtime dies") || strings.Contains(name, "journal:") ||
+				strings.Contains(name, "API:")
+			if !harmless || name == "target's deadline passes" {
+				continue
+			}
+			n++
+			var tr trace
+			w := world([]int{step}, []int{choice}, tr.log)
+			if err = w.Finish(); err != nil || w.Recorded != "True" {
+				t.Errorf("step %d, %s: %v, Cloned=%s\n%s", step, name, err, w.Recorded, &tr)
+			}
+		}
+	}
+	if n < 50 {
+		t.Errorf("only %d worlds", n)
+	}
 }
 
 func FuzzWorld(f *testing.F) {

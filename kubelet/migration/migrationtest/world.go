@@ -325,3 +325,27 @@ func (w *World) Do(a Action) {
 func (w *World) settle() {
 	w.net = slices.DeleteFunc(w.net, func(m *message) bool { return m.closed && m.asked })
 }
+
+// State is the state of a side: "source" or "target".
+func (w *World) State(side string) string {
+	if side == string(w.S.side) {
+		return w.S.state()
+	}
+	return w.T.state()
+}
+
+// Owners says which side has the right to run the pod, as far as the machines know.
+func (w *World) Owners() string {
+	says := func(up, has, owns bool) string {
+		switch {
+		case !up:
+			return "is down"
+		case !has:
+			return "has no session"
+		}
+		return ifElse(owns, "owns the pod", "does not own the pod")
+	}
+	return fmt.Sprintf("the source %s, the target %s",
+		says(w.S.up, w.S.source != nil, w.S.source != nil && w.S.source.Owns()),
+		says(w.T.up, w.T.target != nil, w.T.target != nil && w.T.target.Owns()))
+}
