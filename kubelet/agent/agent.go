@@ -100,7 +100,12 @@ func (a *Agent) Recover() error {
 			if err != nil {
 				return fmt.Errorf("session %s: %w", r.Identity.Session, err)
 			}
-			a.addSource(m).d.post(migration.Restarted{})
+			s := a.addSource(m)
+			// The engine says so, too, but a moment later, and the kubelet must not touch
+			// the pod in between.
+			s.guardPod()
+			a.suspendProbes(r.Identity.SourceUID, true)
+			s.d.post(migration.Restarted{})
 		case migration.SideTarget:
 			m, err := migration.LoadTarget(r, a.cfg.Deadlines)
 			if err != nil {

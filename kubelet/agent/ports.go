@@ -19,6 +19,9 @@ type Node interface {
 	PodByName(namespace, name string) (*v1.Pod, bool)
 	// ClonePod returns spec.clonePod, a field that upstream's API types lack.
 	ClonePod(pod *v1.Pod) string
+	// AddedPrivileges names what clone may do and source may not. Admission has asked
+	// the same, of the pod that had the source's name then.
+	AddedPrivileges(clone, source *v1.Pod) []string
 	// Terminate ends a pod for good, with the status that the function writes into
 	// it. It returns when nothing will be started in the pod any more.
 	Terminate(ctx context.Context, pod *v1.Pod, status func(*v1.PodStatus))

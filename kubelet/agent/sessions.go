@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -96,6 +97,9 @@ func (a *Agent) Open(ctx context.Context, c peer.Call, r *wire.OpenRequest) (*wi
 	if err := comparison(compare.Pods(pod, clone)); err != nil {
 		return nil, err
 	}
+	if added := a.cfg.Node.AddedPrivileges(clone, pod); len(added) > 0 {
+		return nil, wire.Errorf(wire.CodeForbidden, "the clone has privileges that its source lacks: %s", added[0])
+	}
 	offer, err := a.features(ctx, pod, r)
 	if err != nil {
 		return nil, err
@@ -126,7 +130,15 @@ func (a *Agent) authorise(ctx context.Context, c peer.Call, r *wire.OpenRequest)
 	if r.TargetNode != c.Caller.Node {
 		return nil, forbidden(c)
 	}
-	clone, err := a.cfg.API.Pod(ctx, c.Namespace, r.Clone)
+	var clone *v1.Pod
+	// One of several API servers may not have heard of the clone yet and forbids what
+	// it will allow in a moment. Whoever has no right waits for the refusal.
+	read, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	err := retry(read, func(ctx context.Context) (err error) {
+		clone, err = a.cfg.API.Pod(ctx, c.Namespace, r.Clone)
+		return err
+	})
 	switch {
 	case apierrors.IsNotFound(err), apierrors.IsForbidden(err):
 		// A node may read a pod only if it clones one of the node's own.

@@ -314,7 +314,7 @@ func (s *source) mark(ctx context.Context) {
 		s.a.cfg.Node.Terminate(ctx, pod, change)
 	}
 	err := s.a.cfg.API.PatchStatus(ctx, id.Namespace, id.SourcePod, id.SourceUID, change)
-	if err != nil && !apierrors.IsNotFound(err) {
+	if err != nil && !s.a.gone(id.SourceUID, err) {
 		s.fail(migration.OpMark, fmt.Errorf("write the final status of the source pod: %w", err))
 		return
 	}
@@ -372,11 +372,12 @@ func (s *source) askTarget(ctx context.Context) {
 		return
 	}
 	if resp.Outcome == wire.OutcomeGone {
-		// A kubelet that has forgotten a finished clone says the same as one that never
-		// had it; the condition tells them apart.
+		// A target keeps its record until the source has confirmed the end, so a kubelet
+		// that knows nothing never owned the pod. Only a node that was made anew in
+		// between says the same wrongly; the clone's condition may still tell.
 		clone, err := s.a.cfg.API.Pod(ctx, id.Namespace, id.ClonePod)
 		switch {
-		case apierrors.IsNotFound(err):
+		case apierrors.IsNotFound(err), apierrors.IsForbidden(err):
 		case err != nil:
 			outcome(migration.OutcomeUnknown, "", err.Error())
 			return

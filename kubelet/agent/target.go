@@ -162,11 +162,12 @@ func (a *Agent) target(ctx context.Context, pod *v1.Pod) (*target, error) {
 		Session: string(pod.UID), Namespace: pod.Namespace, SourcePod: name, ClonePod: pod.Name,
 	}
 	switch {
-	case err != nil:
-		return nil, fmt.Errorf("read the source pod %s: %w", name, err)
-	case source == nil || source.Name == "":
+	case apierrors.IsForbidden(err), err == nil && (source == nil || source.Name == ""):
+		// A node is told Forbidden about pods that do not exist (any more).
 		text := fmt.Sprintf("There is no pod %q in namespace %q to take over; create the pod without clonePod, or name a running pod.", name, pod.Namespace)
 		return nil, a.refuse(ctx, id, migration.ReasonSourceLost, text)
+	case err != nil:
+		return nil, fmt.Errorf("read the source pod %s: %w", name, err)
 	case source.Spec.NodeName == "":
 		text := fmt.Sprintf("Source pod %q is on no node yet; wait until it runs.", source.Name)
 		return nil, a.refuse(ctx, id, migration.ReasonSourceRefused, text)
@@ -176,6 +177,9 @@ func (a *Agent) target(ctx context.Context, pod *v1.Pod) (*target, error) {
 	}
 	if fs := compare.Pods(source, pod); len(fs) > 0 {
 		return nil, a.refuse(ctx, id, migration.ReasonSourceRefused, sentence(fs[0].String()))
+	}
+	if added := a.cfg.Node.AddedPrivileges(pod, source); len(added) > 0 {
+		return nil, a.refuse(ctx, id, migration.ReasonSourceRefused, sentence("the clone has privileges that its source lacks: "+added[0]))
 	}
 	id.SourceUID, id.PeerNode = string(source.UID), source.Spec.NodeName
 	if err := a.prepareLogs(pod, source); err != nil {
@@ -648,11 +652,18 @@ func (t *target) record(ctx context.Context, e migration.RecordOutcome) {
 	} else {
 		err = t.a.recordFailure(ctx, id, e.Reason, e.Message)
 	}
-	if err != nil && !apierrors.IsNotFound(err) {
+	if err != nil && !t.a.gone(id.Session, err) {
 		t.fail(migration.OpRecordOutcome, fmt.Errorf("write the outcome to the clone: %w", err))
 		return
 	}
 	t.d.post(migration.OutcomeRecorded{})
+}
+
+// gone tells whether the API server refused to change a pod because it is not there
+// any more. It tells a node Forbidden about such a pod.
+func (a *Agent) gone(uid string, err error) bool {
+	_, here := a.cfg.Node.Pod(uid)
+	return apierrors.IsNotFound(err) || apierrors.IsForbidden(err) && !here
 }
 
 func (a *Agent) recordSuccess(ctx context.Context, id migration.Identity, text string) error {

@@ -213,11 +213,13 @@ func podDiffers(source, clone *v1.Pod) []Finding {
 		})
 	}
 	if !equality.Semantic.DeepEqual(source.Spec.SecurityContext, clone.Spec.SecurityContext) ||
+		!equality.Semantic.DeepEqual(source.Spec.RuntimeClassName, clone.Spec.RuntimeClassName) ||
+		!equality.Semantic.DeepEqual(source.Spec.HostUsers, clone.Spec.HostUsers) ||
 		source.Spec.HostNetwork != clone.Spec.HostNetwork || source.Spec.HostPID != clone.Spec.HostPID || source.Spec.HostIPC != clone.Spec.HostIPC {
 		fs = append(fs, Finding{
 			Code:    CodeSecurity,
-			Message: "the security context of the pod differs from the source's",
-			Cure:    "copy securityContext and the host namespaces from the source",
+			Message: "the security context of the pod, its runtime class or its use of the node's namespaces differ from the source's",
+			Cure:    "copy securityContext, runtimeClassName, hostUsers, hostNetwork, hostPID and hostIPC from the source",
 		})
 	}
 	return fs

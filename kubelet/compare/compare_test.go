@@ -95,6 +95,14 @@ func TestPods(t *testing.T) {
 			yes := true
 			c.Spec.Containers[0].SecurityContext = &v1.SecurityContext{Privileged: &yes}
 		}, codes: []string{CodeSecurity}},
+		{name: "runtime class", change: func(s, c *v1.Pod) {
+			other := "other"
+			c.Spec.RuntimeClassName = &other
+		}, codes: []string{CodeSecurity}},
+		{name: "user namespace of the node", change: func(s, c *v1.Pod) {
+			no := false
+			s.Spec.HostUsers = &no
+		}, codes: []string{CodeSecurity}},
 		{name: "host network on both", change: func(s, c *v1.Pod) { s.Spec.HostNetwork, c.Spec.HostNetwork = true, true }, codes: []string{CodeHostNamespace}},
 		{name: "shared process namespace", change: func(s, c *v1.Pod) {
 			yes := true

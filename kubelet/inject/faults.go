@@ -3,12 +3,15 @@
 package inject
 
 import (
+	"encoding/json"
 	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
 
 	"k8s.io/klog/v2"
+
+	"podmig.dev/podmig/kubelet/migration"
 )
 
 // faultDir has a FIFO for each point at which a test wants to stop a migration.
@@ -33,4 +36,18 @@ var faultPoint = func(name string) {
 	if _, err := f.Read(make([]byte, 1)); err != nil {
 		klog.InfoS("Going on from a fault point", "point", name)
 	}
+}
+
+// deadlines are those of a file beside the FIFOs, if there is one, read when the
+// kubelet starts: a test cannot wait for as long as a user can.
+func deadlines() (migration.Deadlines, error) {
+	var d migration.Deadlines
+	b, err := os.ReadFile(filepath.Join(faultDir, "deadlines.json"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return d, nil
+	}
+	if err != nil {
+		return d, err
+	}
+	return d, json.Unmarshal(b, &d)
 }

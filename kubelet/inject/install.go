@@ -103,6 +103,10 @@ func (i *injector) attach(ctx context.Context, kl *kubelet.Kubelet, cs *containe
 	if err != nil {
 		return err
 	}
+	limits, err := deadlines()
+	if err != nil {
+		return fmt.Errorf("read the deadlines: %w", err)
+	}
 	m := agent.NewMetrics()
 	for _, c := range m.All() {
 		legacyregistry.MustRegister(c)
@@ -116,6 +120,7 @@ func (i *injector) attach(ctx context.Context, kl *kubelet.Kubelet, cs *containe
 		Guard:      i.guard,
 		Metrics:    m,
 		Point:      faultPoint,
+		Deadlines:  limits,
 		DialStream: agent.DialStream,
 		Dial: func(name, address string) (agent.Peer, error) {
 			cfg := identity.Clone()

@@ -22,6 +22,7 @@ import (
 	kubelettypes "k8s.io/kubelet/pkg/types"
 	"k8s.io/kubernetes/pkg/kubelet"
 	"k8s.io/kubernetes/pkg/kubelet/kuberuntime"
+	"k8s.io/kubernetes/pkg/util/podclone"
 
 	"podmig.dev/podmig/kubelet/agent"
 )
@@ -31,6 +32,13 @@ type node struct{ kl *kubelet.Kubelet }
 
 func (n *node) Name() string                { return string(n.kl.NodeName()) }
 func (n *node) ClonePod(pod *v1.Pod) string { return pod.Spec.ClonePod }
+func (n *node) AddedPrivileges(clone, source *v1.Pod) []string {
+	var added []string
+	for _, e := range podclone.AddedPrivileges(clone, source) {
+		added = append(added, e.Error())
+	}
+	return added
+}
 func (n *node) Pod(uid string) (*v1.Pod, bool) {
 	return n.kl.PodByUID(types.UID(uid))
 }
