@@ -49,8 +49,10 @@ clean: ## Remove the local cluster and all build products
 	@rm -rf .build
 
 ##@ Test
-.PHONY: test lint test-unit test-patched test-upstream test-root
-test: lint test-unit generate-check patch-check build test-patched test-upstream test-root ## Everything; what .ci/run calls
+RUN ?=
+
+.PHONY: test lint test-unit test-patched test-upstream test-root e2e
+test: lint test-unit generate-check patch-check build test-patched test-upstream test-root e2e ## Everything; what .ci/run calls
 
 lint: ## gofmt and go vet, nothing patched
 	@files=$$(gofmt -l cri-api kubelet containerd-cri tools cluster-setup); \
@@ -67,8 +69,11 @@ test-patched: assemble ## go vet and tests of our code against the patched sourc
 test-upstream: assemble ## Upstream's own tests of every package that a patch names, hooks unset
 	go test -trimpath -modfile=.build/go.mod $$($(PATCHQ) tests)
 
-test-root: image ## Tests that need root: the containerd side against real containerd, runc and CRIU
-	go test $(PATCHED),root -count=1 -timeout 30m $(call tagged,root)
+test-root: image ## Tests that need root: real containerd, runc and CRIU; namespaces and control groups
+	go test $(PATCHED),root -count=1 -p 1 -timeout 30m $(call tagged,root)
+
+e2e: image ## Move real pods between the nodes of a real cluster: [RUN=TestRedis]
+	go test $(PATCHED),e2e -count=1 -p 1 -timeout 60m $(if $(RUN),-run '$(RUN)' -v) ./cluster-setup/e2e/...
 
 ##@ Generated code of ours
 CRI_API := cri-api/migration/v1alpha1
