@@ -52,11 +52,12 @@ func TestPlan(t *testing.T) {
 			packages[b] = s.packages[i]
 		}
 	}
-	if got := strings.Join(names, " "); got != "podmig containerd kubernetes cni etcd runc coredns" {
+	if got := strings.Join(names, " "); got != "podmig containerd kubernetes cni etcd runc coredns faults" {
 		t.Errorf("steps are %q", got)
 	}
 	for binary, want := range map[string]string{
 		"kubelet":         "./kubelet/cmd/kubelet",
+		"faults/kubelet":  "./kubelet/cmd/kubelet",
 		"containerd":      "github.com/containerd/containerd/v2/cmd/containerd",
 		"kube-apiserver":  "k8s.io/kubernetes/cmd/kube-apiserver",
 		"etcd":            "go.etcd.io/etcd/server/v3",
@@ -84,7 +85,9 @@ func TestPlan(t *testing.T) {
 }
 
 func TestPlanStampsVersions(t *testing.T) {
-	steps, err := plan(t.TempDir(), sampleVersions)
+	root := t.TempDir()
+	put(t, root, "kubelet/cmd/kubelet/main.go", "package main\n")
+	steps, err := plan(root, sampleVersions)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -92,6 +95,8 @@ func TestPlanStampsVersions(t *testing.T) {
 		{"kubernetes", "-X k8s.io/component-base/version.gitVersion=v1.37.1+podmig.9"},
 		{"kubernetes", "-X k8s.io/component-base/version.gitMinor=37"},
 		{"kubernetes", "-X k8s.io/component-base/version.buildDate=2026-01-01T00:00:00Z"},
+		{"faults", "-tags=podmig_patched,podmig_faults"},
+		{"faults", "-X k8s.io/component-base/version.gitVersion=v1.37.1+podmig.9"},
 		{"containerd", "-X github.com/containerd/containerd/v2/version.Version=v2.4.2+podmig.1"},
 		{"containerd", "-X github.com/containerd/containerd/v2/version.Revision=bbb"},
 		{"runc", "-X main.extraVersion=+podmig.0"},

@@ -29,6 +29,8 @@ type step struct {
 	rename string
 	// binaries are the files that exist afterwards, relative to .build/bin.
 	binaries []string
+	// onDemand is built only when it is named.
+	onDemand bool
 }
 
 // versions are what the binaries of one upstream report.
@@ -90,6 +92,13 @@ func plan(root string, v map[string]versions) ([]step, error) {
 			containerd.add(pkg, w.name)
 		}
 	}
+	// A kubelet that tests can stop at any step of a migration. Nobody else wants it.
+	faults := patchedStep("faults", x)
+	faults.folder, faults.onDemand = "faults", true
+	faults.args[1] += ",podmig_faults"
+	if hasMain(filepath.Join(root, wrapped[0].ours)) {
+		faults.add("./"+wrapped[0].ours, "faults/"+wrapped[0].name)
+	}
 	own := patchedStep("podmig", nil)
 	mains, err := ownMains(root)
 	if err != nil {
@@ -136,6 +145,7 @@ func plan(root string, v map[string]versions) ([]step, error) {
 			packages: []string{"."}, rename: "coredns", binaries: []string{"coredns"},
 		})
 	}
+	steps = append(steps, faults)
 	return slices.DeleteFunc(steps, func(s step) bool { return len(s.packages) == 0 }), nil
 }
 

@@ -69,21 +69,27 @@ func Run(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
-	if err := os.Remove(stamp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove old stamp: %w", err)
+	only := slices.IndexFunc(steps, func(s step) bool { return s.name == o.Only })
+	if o.Only != "" && only < 0 {
+		return fmt.Errorf("there is no build step %q", o.Only)
+	}
+	if o.Only == "" || !steps[only].onDemand {
+		if err := os.Remove(stamp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove old stamp: %w", err)
+		}
 	}
 	fmt.Fprintf(repo.Log, "build: kubernetes %s, containerd %s, runc %s (details in .build/log)\n",
 		v["kubernetes"].text, v["containerd"].text, v["runc"].text)
 	if o.Only != "" {
-		i := slices.IndexFunc(steps, func(s step) bool { return s.name == o.Only })
-		if i < 0 {
-			return fmt.Errorf("there is no build step %q", o.Only)
-		}
-		return steps[i].run(ctx, repo.Root, repo.Log)
+		return steps[only].run(ctx, repo.Root, repo.Log)
 	}
 	var failed []error
-	var binaries []string
+	var binaries, extra []string
 	for _, s := range steps {
+		if s.onDemand {
+			extra = append(extra, s.binaries...)
+			continue
+		}
 		if err := s.run(ctx, repo.Root, repo.Log); err != nil {
 			failed = append(failed, err)
 		}
@@ -92,7 +98,7 @@ func Run(ctx context.Context, o Options) error {
 	if len(failed) > 0 {
 		return errors.Join(failed...)
 	}
-	if err := removeStrangers(filepath.Join(repo.Root, ".build", "bin"), binaries); err != nil {
+	if err := removeStrangers(filepath.Join(repo.Root, ".build", "bin"), slices.Concat(binaries, extra)); err != nil {
 		return err
 	}
 	text := sources + "\n" + strings.Join(binaries, "\n") + "\n"

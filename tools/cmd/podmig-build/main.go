@@ -43,7 +43,7 @@ func command() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&root, "root", ".", "folder of go.mod")
-	cmd.Flags().StringVar(&only, "only", "", "run one step: podmig, containerd, kubernetes, cni, etcd, runc or coredns")
+	cmd.Flags().StringVar(&only, "only", "", "run one step: podmig, containerd, kubernetes, cni, etcd, runc, coredns or faults")
 	cmd.Flags().BoolVar(&force, "force", false, "ask the Go tool even if no input changed")
 	return cmd
 }
