@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"runtime"
@@ -161,50 +162,72 @@ func (m Machine) Dial(ctx context.Context, network, address string) (net.Conn, e
 	if _, err := netip.ParseAddrPort(address); err != nil {
 		return nil, fmt.Errorf("dial from %s: %w", m.Name, err)
 	}
+	return socket(m, func() (net.Conn, error) {
+		var dialer net.Dialer
+		return dialer.DialContext(ctx, network, address)
+	})
+}
+
+// ListenPacket listens inside the machine's network namespace, as net.ListenPacket does. The address must be numeric.
+func (m Machine) ListenPacket(ctx context.Context, network, address string) (net.PacketConn, error) {
+	if _, err := netip.ParseAddrPort(address); err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", m.Name, err)
+	}
+	return socket(m, func() (net.PacketConn, error) {
+		var config net.ListenConfig
+		return config.ListenPacket(ctx, network, address)
+	})
+}
+
+// socket calls a function that makes a socket inside a machine's network namespace.
+func socket[T interface {
+	comparable
+	io.Closer
+}](m Machine, open func() (T, error)) (T, error) {
+	var none T
 	pid, err := m.InitPID()
 	if err != nil {
-		return nil, err
+		return none, err
 	}
 	type result struct {
-		conn net.Conn
-		err  error
+		socket T
+		err    error
 	}
 	results := make(chan result, 1)
 	go func() {
 		// A socket belongs to the namespace of the thread that makes it. When the way back fails, the thread stays locked
 		// and ends with this goroutine.
 		runtime.LockOSThread()
-		conn, back, err := dialAt(ctx, pid, network, address)
+		socket, back, err := openAt(pid, open)
 		if back == nil {
 			runtime.UnlockOSThread()
 		}
-		results <- result{conn, errors.Join(err, back)}
+		results <- result{socket, errors.Join(err, back)}
 	}()
 	r := <-results
 	if r.err != nil {
-		if r.conn != nil {
-			r.conn.Close()
+		if r.socket != none {
+			r.socket.Close()
 		}
-		return nil, r.err
+		return none, r.err
 	}
-	return r.conn, nil
+	return r.socket, nil
 }
 
-func dialAt(ctx context.Context, pid int, network, address string) (conn net.Conn, back, err error) {
+func openAt[T any](pid int, open func() (T, error)) (socket T, back, err error) {
 	home, err := netns.Get()
 	if err != nil {
-		return nil, nil, fmt.Errorf("open own network namespace: %w", err)
+		return socket, nil, fmt.Errorf("open own network namespace: %w", err)
 	}
 	defer home.Close()
 	away, err := netns.GetFromPid(pid)
 	if err != nil {
-		return nil, nil, fmt.Errorf("open network namespace: %w", err)
+		return socket, nil, fmt.Errorf("open network namespace: %w", err)
 	}
 	defer away.Close()
 	if err := netns.Set(away); err != nil {
-		return nil, nil, fmt.Errorf("enter network namespace: %w", err)
+		return socket, nil, fmt.Errorf("enter network namespace: %w", err)
 	}
-	var dialer net.Dialer
-	conn, err = dialer.DialContext(ctx, network, address)
-	return conn, netns.Set(home), err
+	socket, err = open()
+	return socket, netns.Set(home), err
 }
