@@ -27,6 +27,7 @@ func (w *World) Actions() []Action {
 	for _, msg := range slices.Clone(w.net) {
 		w.messageActions(msg, add)
 	}
+	w.strayActions(add)
 	if w.stream == flowing || w.stream == complete {
 		add(Fault, "the stream breaks", func() { w.breakStream(nil) })
 	}
@@ -47,6 +48,24 @@ func (w *World) Actions() []Action {
 		})
 	}
 	return append(normal, rest...)
+}
+
+// strayActions are requests that the target's machine never made: a confused or
+// compromised target. It may spoil its own migration and must not get a second copy
+// to run. (Of done and failed it has to be believed once it owns the pod.)
+func (w *World) strayActions(add func(Kind, string, func())) {
+	if !w.S.up {
+		return
+	}
+	verbs := []m.Verb{m.VerbOpen, m.VerbStream, m.VerbFreeze, m.VerbCommit, m.VerbAbort}
+	if s := w.S.source; s == nil || s.Owns() {
+		verbs = append(verbs, m.VerbDone, m.VerbFailed)
+	}
+	for _, v := range verbs {
+		add(Fault, "a stray "+string(v)+" arrives", func() {
+			w.deliver(&message{name: string(v), verb: v, reason: m.ReasonCancelled, closed: true})
+		})
+	}
 }
 
 func (w *World) messageActions(msg *message, add func(Kind, string, func())) {
