@@ -12,6 +12,7 @@ import (
 	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	containerd "github.com/containerd/containerd/v2/client"
 	corecontainers "github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/pkg/cap"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/typeurl/v2"
@@ -19,6 +20,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"podmig.dev/podmig/containerd-cri/runtime"
+	"podmig.dev/podmig/containerd-cri/runtime/criu"
 	"podmig.dev/podmig/containerd-cri/runtime/runc"
 	"podmig.dev/podmig/containerd-cri/service"
 )
@@ -89,6 +91,9 @@ func (c *containers) Get(ctx context.Context, id string) (service.Container, err
 	}
 	if spec.Process != nil {
 		out.Args = spec.Process.Args
+	}
+	if out.Confinement, err = confinement(spec); err != nil {
+		return out, err
 	}
 	if opts, err := typeurl.UnmarshalAny(meta.Runtime.Options); err == nil {
 		if o, ok := opts.(*runcoptions.Options); ok {
@@ -197,4 +202,36 @@ func annotate(key, value string) containerd.UpdateContainerOpts {
 		c.Spec, err = typeurl.MarshalAny(&spec)
 		return err
 	}
+}
+
+// confinement reads from a spec what processes of the container may.
+func confinement(spec *specs.Spec) (criu.Confinement, error) {
+	c := criu.Confinement{Mounts: map[string]criu.Mount{}}
+	if p := spec.Process; p != nil {
+		c.NoNewPrivs, c.AppArmor = p.NoNewPrivileges, p.ApparmorProfile
+		if p.Capabilities != nil {
+			known := map[string]int{}
+			for i, name := range cap.Known() {
+				known[name] = i
+			}
+			for _, name := range p.Capabilities.Bounding {
+				i, ok := known[name]
+				if !ok {
+					return c, fmt.Errorf("unknown capability %s", name)
+				}
+				c.Capabilities |= 1 << i
+			}
+		}
+	}
+	if spec.Root != nil {
+		c.ReadOnlyRoot = spec.Root.Readonly
+	}
+	if spec.Linux != nil {
+		c.Seccomp = spec.Linux.Seccomp != nil
+		c.ReadOnly, c.Masked = spec.Linux.ReadonlyPaths, spec.Linux.MaskedPaths
+	}
+	for _, m := range spec.Mounts {
+		c.Mounts[filepath.Clean(m.Destination)] = criu.Mount{Type: m.Type, ReadOnly: hasOption(m.Options, "ro")}
+	}
+	return c, nil
 }

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"podmig.dev/podmig/containerd-cri/runtime/criu"
 	"podmig.dev/podmig/containerd-cri/runtime/runc"
 	"podmig.dev/podmig/containerd-cri/service"
 	migration "podmig.dev/podmig/cri-api/migration/v1alpha1"
@@ -88,6 +89,7 @@ func (g *grpcService) start(ctx context.Context) (*service.Service, error) {
 		Containers:     &containers{client: g.client, cri: runtimeService},
 		Runtime:        runc.New(),
 		Scratch:        service.Tmpfs{},
+		CheckImages:    criu.Check,
 		RuntimeName:    "containerd",
 		RuntimeVersion: version.Version,
 		CRIUOptions:    runc.CRIUOptions,

@@ -403,7 +403,7 @@ func (p *pod) log(name string) string {
 // eventually waits for a condition that has no event.
 func eventually(t *testing.T, what string, f func() error) {
 	t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(8 * time.Second)
 	for {
 		err := f()
 		if err == nil {

@@ -278,6 +278,14 @@ func TestConformance(t *testing.T) {
 }
 
 // TestMemoryBound moves a gigabyte and watches containerd meanwhile.
+func preflightReq(p *pod) *migration.PreflightPodRequest {
+	r := &migration.PreflightPodRequest{PodSandboxId: p.id}
+	for _, id := range p.ids {
+		r.ContainerIds = append(r.ContainerIds, id)
+	}
+	return r
+}
+
 func TestMemoryBound(t *testing.T) {
 	n := start(t)
 	src, dst := n.runPod("big-src"), n.runPod("big-dst")

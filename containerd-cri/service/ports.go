@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"podmig.dev/podmig/containerd-cri/runtime"
+	"podmig.dev/podmig/containerd-cri/runtime/criu"
 )
 
 // State is the CRI state of a container.
@@ -39,6 +40,8 @@ type Container struct {
 	Args   []string
 	// HostPID is set when the container has no PID namespace of its own.
 	HostPID bool
+	// Confinement is what the processes of the container may.
+	Confinement criu.Confinement
 	// Devices are the device nodes the container was given beyond the usual ones.
 	Devices []string
 }

@@ -11,11 +11,13 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"podmig.dev/podmig/containerd-cri/checkpoint"
+	"podmig.dev/podmig/containerd-cri/runtime/criu"
 	migration "podmig.dev/podmig/cri-api/migration/v1alpha1"
 )
 
@@ -30,6 +32,9 @@ type restoreRecord struct {
 	Manifest   *checkpoint.Manifest
 	Digest     string
 	Bytes      uint64
+	// First is the ID of the container that has to be restored before the others,
+	// because it brings the System V IPC objects of the pod; often empty.
+	First string
 }
 
 type restoreSession struct {
@@ -49,6 +54,8 @@ type restoreSession struct {
 	mu       sync.Mutex
 	restored map[string]bool
 	calls    sync.WaitGroup
+	// firstDone is closed when the call for the first container has ended.
+	firstDone chan struct{}
 }
 
 func (r *restoreSession) containerIDs() []string {
@@ -117,6 +124,7 @@ func (s *Service) PrepareRestore(ctx context.Context, r *migration.PrepareRestor
 		connected:     make(chan struct{}),
 		done:          make(chan struct{}),
 		restored:      map[string]bool{},
+		firstDone:     make(chan struct{}),
 	}
 	for _, c := range cs {
 		if c.UpperDir == "" {
@@ -200,13 +208,17 @@ func (s *Service) receive(r *restoreSession, conn net.Conn) error {
 	if err := sink.complete(); err != nil {
 		return toStatus(err)
 	}
+	first, err := s.confined(r)
+	if err != nil {
+		return toStatus(err)
+	}
 	rec := r.restoreRecord
-	rec.Verified, rec.Manifest, rec.Digest, rec.Bytes = true, res.Manifest, res.Digest, res.Bytes
+	rec.Verified, rec.Manifest, rec.Digest, rec.Bytes, rec.First = true, res.Manifest, res.Digest, res.Bytes, first
 	if err := save(r.dir, rec); err != nil {
 		return toStatus(err)
 	}
 	// Field by field: others read the containers meanwhile.
-	r.Verified, r.Manifest, r.Digest, r.Bytes = true, rec.Manifest, rec.Digest, rec.Bytes
+	r.Verified, r.Manifest, r.Digest, r.Bytes, r.First = true, rec.Manifest, rec.Digest, rec.Bytes, rec.First
 	return nil
 }
 
@@ -245,6 +257,65 @@ func (s *Service) fits(r *restoreSession, m *checkpoint.Manifest, sink *restoreS
 		}
 	}
 	return nil
+}
+
+// confined checks what CRIU would do with the images, and gives the IPC objects of
+// the pod, which every image set holds, to one container.
+func (s *Service) confined(r *restoreSession) (first string, err error) {
+	for _, c := range r.Containers {
+		if err := s.c.CheckImages(r.images(c.Name), c.Confinement); err != nil {
+			return "", fmt.Errorf("container %s: %w", c.Name, err)
+		}
+	}
+	if len(r.Containers) == 1 {
+		return "", nil
+	}
+	owner := -1
+	for i, c := range r.Containers {
+		objects, mapped, err := criu.IPC(r.images(c.Name))
+		if err != nil {
+			return "", fmt.Errorf("container %s: %w", c.Name, err)
+		}
+		if !objects {
+			return "", nil
+		}
+		if mapped && owner >= 0 {
+			return "", fmt.Errorf("containers %s and %s share System V memory, which can not be restored: %w", r.Containers[owner].Name, c.Name, errdefs.ErrFailedPrecondition)
+		}
+		if mapped {
+			owner = i
+		}
+	}
+	owner = max(owner, 0)
+	for i, c := range r.Containers {
+		if i == owner {
+			continue
+		}
+		if err := criu.DropIPC(r.images(c.Name)); err != nil {
+			return "", err
+		}
+	}
+	return r.Containers[owner].ID, nil
+}
+
+// awaitFirst waits until the container with the IPC objects is restored. After a
+// restart of this process only the CRI service knows whether it was.
+func (s *Service) awaitFirst(ctx context.Context, r *restoreSession) error {
+	c, err := s.c.Containers.Get(ctx, r.First)
+	if err == nil && c.State == StateCreated {
+		select {
+		case <-r.firstDone:
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-r.ctx.Done():
+			return status.Errorf(codes.Aborted, "session %q was finished", r.ID)
+		}
+		c, err = s.c.Containers.Get(ctx, r.First)
+	}
+	if err == nil && c.State != StateRunning {
+		err = precondition("container %s, which brings the pod's IPC objects, was not restored", c.Name)
+	}
+	return err
 }
 
 func (s *Service) restore(id string) (*restoreSession, error) {
@@ -307,6 +378,13 @@ func (s *Service) RestoreContainer(ctx context.Context, q *migration.RestoreCont
 	r.calls.Add(1)
 	r.mu.Unlock()
 	defer r.calls.Done()
+	if r.First == c.ID {
+		defer close(r.firstDone)
+	} else if r.First != "" {
+		if err := s.awaitFirst(ctx, r); err != nil {
+			return nil, toStatus(err)
+		}
+	}
 
 	work := filepath.Join(r.scratch(), "work-"+c.Name)
 	if err := os.MkdirAll(work, 0o700); err != nil {
@@ -373,7 +451,7 @@ func (s *Service) endRestore(r *restoreSession) error {
 
 func (s *Service) recoverRestores(ctx context.Context) error {
 	return s.load(ctx, sideRestore, func(dir string, b []byte) error {
-		r := &restoreSession{dir: dir, created: time.Now(), connected: make(chan struct{}), done: make(chan struct{}), restored: map[string]bool{}}
+		r := &restoreSession{dir: dir, created: time.Now(), connected: make(chan struct{}), done: make(chan struct{}), restored: map[string]bool{}, firstDone: make(chan struct{})}
 		if err := json.Unmarshal(b, &r.restoreRecord); err != nil {
 			return err
 		}

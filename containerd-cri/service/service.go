@@ -32,6 +32,8 @@ type Config struct {
 	Containers Containers
 	Runtime    runtime.Runtime
 	Scratch    Scratch
+	// CheckImages decides whether CRIU may act on images from a stream.
+	CheckImages func(images string, c criu.Confinement) error
 	// RuntimeName and RuntimeVersion name the CRI runtime.
 	RuntimeName, RuntimeVersion string
 	// CRIUOptions is the content of CRIU's configuration file for restores.
@@ -291,7 +293,7 @@ func toStatus(err error) error {
 		code = codes.ResourceExhausted
 	case errdefs.IsNotFound(err), errors.Is(err, runtime.ErrGone):
 		code = codes.NotFound
-	case errdefs.IsFailedPrecondition(err):
+	case errdefs.IsFailedPrecondition(err), errors.Is(err, criu.ErrConfinement):
 		code = codes.FailedPrecondition
 	}
 	return status.Error(code, err.Error())

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"podmig.dev/podmig/containerd-cri/runtime"
+	"podmig.dev/podmig/containerd-cri/runtime/criu"
 	"podmig.dev/podmig/containerd-cri/runtime/fake"
 	"podmig.dev/podmig/cri-api/migration/migrationtest"
 	migration "podmig.dev/podmig/cri-api/migration/v1alpha1"
@@ -108,7 +109,7 @@ func (w *world) pod(t *testing.T, n int, state State) migrationtest.Pod {
 
 func (w *world) serve(t *testing.T) (*Service, migration.MigrationServiceClient) {
 	t.Helper()
-	s, err := New(t.Context(), Config{Dir: filepath.Join(w.dir, "s"), Containers: w, Runtime: &w.rt, Scratch: Dir{}, RuntimeName: "test", RuntimeVersion: "1"})
+	s, err := New(t.Context(), Config{Dir: filepath.Join(w.dir, "s"), Containers: w, Runtime: &w.rt, Scratch: Dir{}, CheckImages: func(string, criu.Confinement) error { return nil }, RuntimeName: "test", RuntimeVersion: "1"})
 	if err != nil {
 		t.Fatal(err)
 	}
