@@ -120,11 +120,14 @@ func (c *Cluster) makeNodeCertificates(p plan, upper string) error {
 		writeFile(filepath.Join(etc, "pki/ca.crt"), ca.Cert, 0o644),
 		writeFile(filepath.Join(etc, "pki/kubelet.crt"), serving.Cert, 0o644),
 		writeFile(filepath.Join(etc, "pki/kubelet.key"), serving.Key, 0o600),
-		c.writeKubeconfig(ca, filepath.Join(etc, "kubelet.conf"), pki.Request{
-			CommonName: "system:node:" + p.name, Groups: []string{"system:nodes"}, Client: true,
-		}),
+		c.writeKubeconfig(ca, filepath.Join(etc, "kubelet.conf"), nodeIdentity(p.name)),
 		c.writeKubeconfig(ca, filepath.Join(etc, "kube-proxy.conf"), pki.Request{CommonName: "system:kube-proxy", Client: true}),
 	)
+}
+
+// nodeIdentity is what the Node authorizer and other kubelets know a kubelet by.
+func nodeIdentity(node string) pki.Request {
+	return pki.Request{CommonName: "system:node:" + node, Groups: []string{"system:nodes"}, Client: true}
 }
 
 func toIP(address netip.Addr) net.IP { return net.IP(address.AsSlice()) }

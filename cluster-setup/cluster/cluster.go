@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -110,38 +111,60 @@ func (c *Cluster) save() error {
 	return nil
 }
 
+// ErrBusy says that another command is changing the same cluster.
+var ErrBusy = errors.New("another command is changing this cluster: wait for it")
+
+// lockPatience is how long a lock is waited for. After a killed command its lock is free in a moment only: a program that it was
+// just starting still holds a copy.
+const lockPatience = 3 * time.Second
+
 // lock keeps two changes of one cluster apart. The kernel gives it back when the process ends, however it ends.
-func lock(path string) (func(), error) {
+func lock(ctx context.Context, path string) (func(), error) {
+	ctx, cancel := context.WithTimeout(ctx, lockPatience)
+	defer cancel()
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, fmt.Errorf("lock: %w", err)
+		return nil, fmt.Errorf("lock cluster: %w", err)
 	}
+	var held *os.File
+	err := poll(ctx, func() (err error) {
+		held, err = tryLock(path)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("lock cluster: %w", err)
+	}
+	return func() { held.Close() }, nil
+}
+
+func tryLock(path string) (_ *os.File, err error) {
 	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("lock: %w", err)
+		return nil, err
 	}
-	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		file.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("another command is changing this cluster (%s): wait for it", path)
+	defer func() {
+		if err != nil {
+			file.Close()
 		}
-		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}()
+	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("%w (%s)", ErrBusy, path)
+		}
+		return nil, err
 	}
 	// Down removes the file while it holds the lock; a lock on a file that is gone keeps nobody out.
 	locked, err := file.Stat()
-	if err == nil {
-		var named os.FileInfo
-		if named, err = os.Stat(path); err == nil && !os.SameFile(locked, named) {
-			err = os.ErrNotExist
-		}
-	}
 	if err != nil {
-		file.Close()
-		if errors.Is(err, os.ErrNotExist) {
-			return lock(path)
-		}
-		return nil, fmt.Errorf("lock %s: %w", path, err)
+		return nil, err
 	}
-	return func() { file.Close() }, nil
+	named, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !os.SameFile(locked, named) {
+		return nil, ErrBusy
+	}
+	return file, nil
 }
 
 // lockPath lies beside the folder, since Down removes the folder while it holds the lock.

@@ -29,7 +29,7 @@ func Down(ctx context.Context, name, dir string) error {
 	if err != nil {
 		return err
 	}
-	unlock, err := lock(lockPath(dir))
+	unlock, err := lock(ctx, lockPath(dir))
 	if err != nil {
 		return err
 	}

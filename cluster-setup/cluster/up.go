@@ -62,7 +62,7 @@ func Up(ctx context.Context, options Options) (_ *Cluster, err error) {
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := lock(lockPath(options.Dir))
+	unlock, err := lock(ctx, lockPath(options.Dir))
 	if err != nil {
 		return nil, err
 	}
@@ -172,7 +172,7 @@ func (c *Cluster) startNodes(ctx context.Context, numbers []int) error {
 
 // AddNode adds one node to a running cluster and returns its name.
 func (c *Cluster) AddNode(ctx context.Context, out io.Writer) (string, error) {
-	unlock, err := lock(lockPath(c.dir))
+	unlock, err := lock(ctx, lockPath(c.dir))
 	if err != nil {
 		return "", err
 	}

@@ -20,6 +20,7 @@ import (
 
 	"podmig.dev/podmig/cluster-setup/cluster"
 	"podmig.dev/podmig/cluster-setup/kit"
+	"podmig.dev/podmig/cluster-setup/provider/netns"
 	"podmig.dev/podmig/cluster-setup/supervisor"
 )
 
@@ -33,6 +34,14 @@ const (
 var admin *kit.Kit
 
 func TestMain(m *testing.M) {
+	// The first process of every machine of the cluster is this program, too.
+	if machine, err := netns.Main(os.Args); machine {
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "e2e:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	flag.Parse()
 	os.Exit(run(m))
 }

@@ -1,6 +1,6 @@
 // Command localcluster runs Kubernetes clusters on one machine, each node in namespaces of its own.
 //
-// It only parses; package cluster does the work. Two hidden commands are the launcher and the first process of every machine.
+// It only parses; package cluster does the work. It is also the launcher and the first process of every machine.
 package main
 
 import (
@@ -16,13 +16,8 @@ import (
 )
 
 func main() {
-	if len(os.Args) == 3 {
-		switch os.Args[1] {
-		case netns.LaunchCommand:
-			exit(netns.Launch(os.Args[2]))
-		case netns.InitCommand:
-			exit(netns.Init(os.Args[2]))
-		}
+	if machine, err := netns.Main(os.Args); machine {
+		exit(err)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()

@@ -14,8 +14,8 @@ import (
 	"podmig.dev/podmig/cluster-setup/supervisor"
 )
 
-// Init is the main function of a machine's first process. It returns only when the machine cannot be set up or was told to end.
-func Init(specPath string) error {
+// initialize is a machine's first process. It returns only when the machine cannot be set up or was told to end.
+func initialize(specPath string) error {
 	spec, err := readSpec(specPath)
 	if err != nil {
 		return err

@@ -14,11 +14,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Names of the two hidden subcommands that the program using this package must route to Launch and Init.
+// Names of the hidden subcommands of every program that starts machines: it is called again as their launcher and first process.
 const (
-	LaunchCommand = "machine-launch"
-	InitCommand   = "machine-init"
+	launchCommand = "machine-launch"
+	initCommand   = "machine-init"
 )
+
+// Main must be called first in every program that starts machines. It returns false when the program was called by its user, and
+// otherwise does its part as launcher or first process.
+func Main(args []string) (bool, error) {
+	if len(args) != 3 {
+		return false, nil
+	}
+	switch args[1] {
+	case launchCommand:
+		return true, launch(args[2])
+	case initCommand:
+		return true, initialize(args[2])
+	default:
+		return false, nil
+	}
+}
 
 // Start brings a machine up in three steps: the launcher joins the control groups and clones the first process into new
 // namespaces; connect wires its network from outside; then the first process is released and sets up the rest. A caller that dies
@@ -59,7 +75,7 @@ func Start(ctx context.Context, spec Spec, connect func(pid int) error) (_ Machi
 		return machine, err
 	}
 	defer news.Close()
-	launcher := exec.CommandContext(ctx, "/proc/self/exe", LaunchCommand, path)
+	launcher := exec.CommandContext(ctx, "/proc/self/exe", launchCommand, path)
 	launcher.Stdin, launcher.Stdout, launcher.Stderr = childIn, childOut, log
 	launcher.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	err = launcher.Start()
@@ -105,9 +121,9 @@ func (m Machine) lastWords() string {
 	return ": " + lines[len(lines)-1]
 }
 
-// Launch is the launcher's main function: it moves itself into the control groups first, so that the cgroup namespace which the
+// launch is the launcher: it moves itself into the control groups first, so that the cgroup namespace which the
 // clone call makes begins there.
-func Launch(specPath string) error {
+func launch(specPath string) error {
 	spec, err := readSpec(specPath)
 	if err != nil {
 		return err
@@ -115,7 +131,7 @@ func Launch(specPath string) error {
 	if err := spec.Layout.Join(spec.Cgroup, os.Getpid()); err != nil {
 		return err
 	}
-	init := exec.Command("/proc/self/exe", InitCommand, specPath)
+	init := exec.Command("/proc/self/exe", initCommand, specPath)
 	init.Stdin, init.Stdout, init.Stderr = os.Stdin, os.Stdout, os.Stderr
 	init.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8"}
 	init.SysProcAttr = &syscall.SysProcAttr{

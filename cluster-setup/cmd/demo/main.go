@@ -1,0 +1,324 @@
+// Command demo shows what podmig does: it starts a cluster of two nodes on this
+// machine, fills a redis with a million keys, moves it to the other node while a
+// client keeps asking, and tells what survived and how long it was away.
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"podmig.dev/podmig/cluster-setup/cluster"
+	"podmig.dev/podmig/cluster-setup/kit"
+	"podmig.dev/podmig/cluster-setup/provider/netns"
+	"podmig.dev/podmig/tools/clone"
+)
+
+func main() {
+	// The first process of every machine of the cluster is this program, too.
+	if machine, err := netns.Main(os.Args); machine {
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "demo:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	defer stop()
+	if err := command().ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "demo:", err)
+		os.Exit(1)
+	}
+}
+
+func command() *cobra.Command {
+	var keep bool
+	cmd := &cobra.Command{
+		Use: "demo", Short: "move a redis between two nodes and show what survived",
+		Args: cobra.NoArgs, SilenceUsage: true, SilenceErrors: true,
+		RunE: func(cmd *cobra.Command, _ []string) error { return run(cmd.Context(), cmd.OutOrStdout(), keep) },
+	}
+	cmd.Flags().BoolVar(&keep, "keep", false, "leave the cluster running")
+	return cmd
+}
+
+const keys = "1000000"
+
+const pod = `
+apiVersion: v1
+kind: Pod
+metadata: {name: redis, labels: {app: redis}}
+spec:
+  nodeName: node1
+  containers:
+  - name: redis
+    image: podmig.dev/redis:v1
+    imagePullPolicy: Never
+    readinessProbe: {tcpSocket: {port: 6379}, periodSeconds: 1}
+`
+
+func run(ctx context.Context, out io.Writer, keep bool) (err error) {
+	images, err := filepath.Glob(".build/images/*.tar")
+	if err != nil {
+		return err
+	}
+	o := cluster.Options{
+		Name: "demo", Dir: ".build/cluster/demo", Bin: ".build/bin", RootFS: ".build/image/rootfs",
+		Nodes: 2, Images: images, ProxyMode: "nftables", Progress: out,
+	}
+	if err := cluster.Down(ctx, o.Name, o.Dir); err != nil && !errors.Is(err, cluster.ErrNoCluster) {
+		return err
+	}
+	c, err := cluster.Up(ctx, o)
+	defer func() {
+		if keep && err == nil {
+			fmt.Fprintf(out, "\nThe cluster stays: .build/bin/localcluster --name demo kubectl get pods; remove it with .build/bin/localcluster --name demo down\n")
+			return
+		}
+		err = errors.Join(err, cluster.Down(context.WithoutCancel(ctx), o.Name, o.Dir))
+	}()
+	if err != nil {
+		return err
+	}
+	k, err := kit.New(c, "default")
+	if err != nil {
+		return err
+	}
+	return show(ctx, out, k)
+}
+
+func show(ctx context.Context, out io.Writer, k *kit.Kit) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	defer cancel()
+	say := func(format string, args ...any) { fmt.Fprintf(out, format+"\n", args...) }
+
+	say("\nA redis starts on node1 and gets a million keys.")
+	if err := k.Create(ctx, pod); err != nil {
+		return err
+	}
+	p, err := k.WaitRunning(ctx, "redis")
+	if err != nil {
+		return err
+	}
+	if _, err := k.Exec(ctx, "redis", "redis-cli", "eval",
+		"for i=1,"+keys+" do redis.call('set','key:'..i,'value:'..i) end return redis.call('dbsize')", "0"); err != nil {
+		return err
+	}
+	before, err := look(ctx, k, "redis")
+	if err != nil {
+		return err
+	}
+	say("  %s", before)
+
+	say("\nA client outside asks it every millisecond. Pod redis-moved on node2 says clonePod: redis.")
+	w := watch(ctx, k)
+	defer w.close()
+	w.ask(p.Status.PodIP)
+	if err := w.answerAfter(ctx, time.Now()); err != nil {
+		return err
+	}
+	looking, stop := context.WithCancel(ctx)
+	defer stop()
+	found := make(chan error, 1)
+	go func() {
+		found <- k.NewAddresses(looking, "node2", func(ip string) error { w.ask(ip); return nil })
+	}()
+	w.reset()
+	start := time.Now()
+	if _, err := k.Move(ctx, "redis", clone.Options{Name: "redis-moved", Node: "node2"}); err != nil {
+		return err
+	}
+	total := time.Since(start)
+	if err := w.answerAfter(ctx, time.Now()); err != nil {
+		return err
+	}
+	stop()
+	if err := <-found; err != nil {
+		return err
+	}
+	gap := w.longest()
+	if _, err := k.WaitRunning(ctx, "redis-moved"); err != nil {
+		return err
+	}
+	after, err := look(ctx, k, "redis-moved")
+	if err != nil {
+		return err
+	}
+	say("  %s", after)
+	for _, e := range k.Events(ctx, "redis-moved") {
+		say("    %-10s %s", e.Reason, e.Message)
+	}
+	source, err := k.Pod(ctx, "redis")
+	if err != nil {
+		return err
+	}
+	say("  pod redis on node1: %s, %s: %s", source.Status.Phase, source.Status.Reason, source.Status.Message)
+	wrong, err := k.Exec(ctx, "redis-moved", "redis-cli", "eval",
+		"local n=0 for i=1,"+keys+" do if redis.call('get','key:'..i)~='value:'..i then n=n+1 end end return n", "0")
+	if err != nil {
+		return err
+	}
+	if wrong = strings.TrimSpace(wrong); wrong != "0" || after.runID != before.runID || after.keys != before.keys {
+		return fmt.Errorf("the redis on node2 is not the one from node1: %s wrong values, run %s was %s", wrong, after.runID, before.runID)
+	}
+	say("\nSame process, same data: run_id %s, %s keys, %s of them wrong, up for %s s, restarted 0 times.", after.runID, after.keys, wrong, after.uptime)
+	say("The client waited %d ms; the whole move took %.1f s.", gap.Milliseconds(), total.Seconds())
+	return nil
+}
+
+// state is what a redis says about itself.
+type state struct{ node, runID, uptime, keys string }
+
+func (s state) String() string {
+	return fmt.Sprintf("redis on %s: run_id %s, uptime_in_seconds %s, %s keys", s.node, s.runID, s.uptime, s.keys)
+}
+
+var (
+	runID  = regexp.MustCompile(`run_id:(\w+)`)
+	uptime = regexp.MustCompile(`uptime_in_seconds:(\d+)`)
+)
+
+func look(ctx context.Context, k *kit.Kit, name string) (state, error) {
+	p, err := k.Pod(ctx, name)
+	if err != nil {
+		return state{}, err
+	}
+	info, err := k.Exec(ctx, name, "redis-cli", "info", "server")
+	if err != nil {
+		return state{}, err
+	}
+	size, err := k.Exec(ctx, name, "redis-cli", "dbsize")
+	if err != nil {
+		return state{}, err
+	}
+	id, up := runID.FindStringSubmatch(info), uptime.FindStringSubmatch(info)
+	if id == nil || up == nil {
+		return state{}, fmt.Errorf("redis does not say who it is: %s", info)
+	}
+	return state{p.Spec.NodeName, id[1], up[1], strings.TrimSpace(size)}, nil
+}
+
+// watcher asks redis at every address it is told of and remembers the longest time
+// between two answers.
+type watcher struct {
+	k      *kit.Kit
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu      sync.Mutex
+	last    time.Time
+	gap     time.Duration
+	changed chan struct{}
+}
+
+func watch(ctx context.Context, k *kit.Kit) *watcher {
+	ctx, cancel := context.WithCancel(ctx)
+	return &watcher{k: k, ctx: ctx, cancel: cancel, changed: make(chan struct{}, 1)}
+}
+
+func (w *watcher) close() {
+	w.cancel()
+	w.wg.Wait()
+}
+
+func (w *watcher) ask(ip string) {
+	w.wg.Add(1)
+	go func() {
+		defer w.wg.Done()
+		for w.ctx.Err() == nil {
+			w.converse(net.JoinHostPort(ip, "6379"))
+			select {
+			case <-w.ctx.Done():
+			case <-time.After(time.Millisecond):
+			}
+		}
+	}()
+}
+
+// converse asks until an answer fails to come.
+func (w *watcher) converse(address string) {
+	ctx, cancel := context.WithTimeout(w.ctx, 50*time.Millisecond)
+	defer cancel()
+	conn, err := w.k.Cluster.Hub().Dial(ctx, "tcp", address)
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(w.ctx, func() { conn.Close() })
+	defer stop()
+	answers := bufio.NewReader(conn)
+	for {
+		if _, err := io.WriteString(conn, "PING\r\n"); err != nil {
+			return
+		}
+		// A connection does not survive the move; its end must not be waited for long.
+		if err := conn.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+			return
+		}
+		line, err := answers.ReadString('\n')
+		if err != nil {
+			return
+		}
+		if strings.HasPrefix(line, "+PONG") {
+			w.answered(time.Now())
+		}
+		select {
+		case <-w.ctx.Done():
+			return
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
+func (w *watcher) answered(now time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if d := now.Sub(w.last); !w.last.IsZero() && d > w.gap {
+		w.gap = d
+	}
+	w.last = now
+	select {
+	case w.changed <- struct{}{}:
+	default:
+	}
+}
+
+func (w *watcher) reset() { w.longest() }
+
+func (w *watcher) longest() time.Duration {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	g := w.gap
+	w.gap = 0
+	return g
+}
+
+func (w *watcher) answerAfter(ctx context.Context, t time.Time) error {
+	for {
+		w.mu.Lock()
+		ok := w.last.After(t)
+		w.mu.Unlock()
+		if ok {
+			return nil
+		}
+		select {
+		case <-w.changed:
+		case <-ctx.Done():
+			return fmt.Errorf("redis does not answer: %w", ctx.Err())
+		}
+	}
+}

@@ -1,0 +1,215 @@
+//go:build e2e
+
+package faults
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	v1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"podmig.dev/podmig/cluster-setup/cluster"
+	"podmig.dev/podmig/cluster-setup/kit"
+	"podmig.dev/podmig/cluster-setup/provider/netns"
+	"podmig.dev/podmig/cluster-setup/supervisor"
+	"podmig.dev/podmig/kubelet/migration"
+)
+
+// The nodes of the cluster, by what they are in every test.
+const (
+	source = "node1"
+	target = "node2"
+	hub    = "hub"
+)
+
+// deadlines are short enough for a test and long enough for a busy machine.
+var deadlines = migration.Deadlines{
+	Idle: 20 * time.Second, Open: 20 * time.Second, Stream: 30 * time.Second, Freeze: 12 * time.Second,
+	Commit: 3 * time.Second, Restore: 20 * time.Second, Outcome: 3 * time.Second, Abort: 5 * time.Second,
+	RetryMax: time.Second,
+}
+
+// Made once for all tests.
+var (
+	admin    *kit.Kit
+	watch    *witness
+	baseline = map[string]map[string]int{} // by node
+)
+
+func TestMain(m *testing.M) {
+	if machine, err := netns.Main(os.Args); machine {
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	flag.Parse()
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) (code int) {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	c, down, err := provide(ctx)
+	if err == nil {
+		defer func() {
+			if err := down(); err != nil {
+				fmt.Fprintln(os.Stderr, "faults:", err)
+				code = 1
+			}
+		}()
+		err = prepare(ctx, c)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "faults:", err)
+		return 1
+	}
+	defer watch.close()
+	return m.Run()
+}
+
+// provide makes the cluster. With PODMIG_FAULTS_CLUSTER set it is made in that folder
+// unless it runs there already, and left running.
+func provide(ctx context.Context) (*cluster.Cluster, func() error, error) {
+	build, err := filepath.Abs("../../../.build")
+	if err != nil {
+		return nil, nil, err
+	}
+	dir, keep := os.LookupEnv("PODMIG_FAULTS_CLUSTER")
+	if !keep {
+		dir = filepath.Join(build, "cluster", "faults")
+	}
+	if c, err := cluster.Load(dir); keep && err == nil {
+		return c, func() error { return nil }, nil
+	}
+	var images []string
+	for _, name := range []string{"pause", "coredns", "counter"} {
+		images = append(images, filepath.Join(build, "images", name+".tar"))
+	}
+	bin := filepath.Join(build, "bin")
+	o := cluster.Options{
+		Name: "faults", Dir: dir, Bin: bin, RootFS: filepath.Join(build, "image", "rootfs"), Nodes: 2, Images: images,
+		NodeBin:   map[string]string{source: filepath.Join(bin, "faults"), target: filepath.Join(bin, "faults")},
+		ProxyMode: "nftables", Progress: os.Stdout,
+	}
+	// What an interrupted run has left behind goes first.
+	if err := cluster.Down(ctx, o.Name, o.Dir); err != nil && !errors.Is(err, cluster.ErrNoCluster) {
+		return nil, nil, err
+	}
+	c, err := cluster.Up(ctx, o)
+	return c, func() error {
+		if keep {
+			return nil
+		}
+		return cluster.Down(context.WithoutCancel(ctx), o.Name, o.Dir)
+	}, err
+}
+
+// prepare gives the nodes short deadlines and the address of the witness, and notes
+// what they look like before anything was moved.
+func prepare(ctx context.Context, c *cluster.Cluster) error {
+	var err error
+	if admin, err = kit.New(c, metav1.NamespaceDefault); err != nil {
+		return err
+	}
+	for _, node := range []string{source, target} {
+		m, err := c.Machine(node)
+		if err != nil {
+			return err
+		}
+		dir, err := inside(m, faultDir)
+		if err != nil {
+			return err
+		}
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		text, err := json.Marshal(deadlines)
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(dir, "deadlines.json"), text, 0o644); err != nil {
+			return err
+		}
+		if err := m.Supervisor().Kill(ctx, cluster.Kubelet, unix.SIGKILL); err != nil {
+			return err
+		}
+		if err := m.Supervisor().Run(ctx, supervisor.Command{Args: []string{"ip", "address", "replace", witnessAddress + "/32", "dev", "lo"}}); err != nil {
+			return fmt.Errorf("give %s the address of the witness: %w", node, err)
+		}
+	}
+	if watch, err = newWitness(ctx, c); err != nil {
+		return err
+	}
+	if err := nodesReady(ctx); err != nil {
+		return err
+	}
+	for _, node := range []string{source, target} {
+		if baseline[node], err = look(ctx, node); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// nodesReady waits until every daemon runs and every node takes pods.
+func nodesReady(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for {
+		why := unready(ctx)
+		if why == nil {
+			return nil
+		}
+		// What is asked for is spread over daemons that tell nobody.
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the nodes: %w", why)
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+func unready(ctx context.Context) error {
+	for _, name := range []string{hub, source, target} {
+		m, err := admin.Cluster.Machine(name)
+		if err != nil {
+			return err
+		}
+		all, err := m.Supervisor().Status(ctx)
+		if err != nil {
+			return err
+		}
+		for _, c := range all {
+			if c.State != supervisor.Running {
+				return fmt.Errorf("%s on %s is %s after %s", c.Name, name, c.State, c.LastExit)
+			}
+		}
+	}
+	nodes, err := admin.Client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return err
+	}
+	for _, n := range nodes.Items {
+		if len(n.Spec.Taints) > 0 {
+			return fmt.Errorf("%s has the taint %s", n.Name, n.Spec.Taints[0].Key)
+		}
+		for _, c := range n.Status.Conditions {
+			if c.Type == v1.NodeReady && c.Status != v1.ConditionTrue {
+				return fmt.Errorf("%s is not ready: %s", n.Name, c.Message)
+			}
+		}
+	}
+	return nil
+}

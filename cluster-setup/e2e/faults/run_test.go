@@ -1,0 +1,424 @@
+//go:build e2e
+
+package faults
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	v1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"podmig.dev/podmig/cluster-setup/kit"
+	"podmig.dev/podmig/kubelet/apis/migration/v1alpha1"
+	"podmig.dev/podmig/tools/clone"
+)
+
+// Names of the two pods of every test.
+const (
+	sourcePod = "source"
+	clonePod  = "clone"
+)
+
+const podYAML = `
+apiVersion: v1
+kind: Pod
+metadata: {name: source}
+spec:
+  nodeName: node1
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: counter
+    image: podmig.dev/counter:v1
+    imagePullPolicy: Never
+    env:
+    - {name: COUNTER_NAME, value: %s}
+    - {name: COUNTER_OBSERVER, value: "%s:%s"}
+    - {name: COUNTER_TICK, value: %s}
+    - {name: COUNTER_FILE, value: /numbers}
+    readinessProbe: {httpGet: {path: /status, port: 8080}, periodSeconds: 1}
+    livenessProbe: {httpGet: {path: /status, port: 8080}, periodSeconds: 1, failureThreshold: 1, timeoutSeconds: 5}
+`
+
+// scenario is one thing that goes wrong at one point of a migration.
+type scenario struct {
+	name string
+	// at is the point: SIDE.EFFECT.
+	at string
+	// breaks is called while the migration stands at the point.
+	breaks func(*fault) error
+	// after is called when it has been let go.
+	after func(*fault) error
+	// ends tells where the pod runs in the end: source, target, or nowhere.
+	ends string
+	// reasons are those of the clone's condition that are possible when it did not take
+	// over; nil if the clone is gone.
+	reasons []string
+	// sourceGone, cloneGone: the scenario deletes the pod.
+	sourceGone, cloneGone bool
+}
+
+// fault is a running scenario.
+type fault struct {
+	*testing.T
+	scenario
+	ctx     context.Context
+	k       *kit.Kit
+	counter string
+	undo    []func()
+}
+
+// later is done when the scenario is over, however it ends.
+func (f *fault) later(undo func()) { f.undo = append(f.undo, undo) }
+
+// limit bounds one scenario.
+const limit = 90 * time.Second
+
+func (s scenario) run(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	if err := nodesReady(ctx); err != nil {
+		t.Fatal(err)
+	}
+	id := "f-" + strings.ToLower(rand.Text()[:8])
+	k, err := admin.In(ctx, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &fault{T: t, scenario: s, ctx: ctx, k: k, counter: id}
+	defer f.end()
+	if err := f.move(); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.settled(); err != nil {
+		t.Fatal(err)
+	}
+	h, err := watch.check(f.counter)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{source}
+	if s.ends == target {
+		want = []string{source, target}
+	}
+	if !slices.Equal(h.nodes, want) {
+		t.Fatalf("the pod ran on %v, want %v", h.nodes, want)
+	}
+	t.Log(h)
+}
+
+// move starts a migration and breaks it.
+func (f *fault) move() error {
+	if err := f.k.Create(f.ctx, fmt.Sprintf(podYAML, f.counter, witnessAddress, witnessPort, pace)); err != nil {
+		return err
+	}
+	if _, err := f.k.WaitRunning(f.ctx, sourcePod); err != nil {
+		return err
+	}
+	if err := watch.runs(f.ctx, f.counter, source, 5); err != nil {
+		return err
+	}
+	p, err := setPoint(side(f.at), f.at)
+	if err != nil {
+		return err
+	}
+	defer p.release()
+	if err := f.k.Clone(f.ctx, sourcePod, clone.Options{Name: clonePod, Node: target}); err != nil {
+		return err
+	}
+	if err := p.reached(f.ctx); err != nil {
+		return err
+	}
+	if err := f.breaks(f); err != nil {
+		return fmt.Errorf("while it stood at %s: %w", f.at, err)
+	}
+	p.release()
+	if f.after == nil {
+		return nil
+	}
+	if err := f.after(f); err != nil {
+		return fmt.Errorf("after it stood at %s: %w", f.at, err)
+	}
+	return nil
+}
+
+// settled waits for the end of the migration and looks at both pods.
+func (f *fault) settled() error {
+	_, err := f.k.WaitCloned(f.ctx, clonePod)
+	switch {
+	case f.cloneGone:
+		// Its deletion is over when the node has let go of it.
+		if err := f.gone(clonePod); err != nil {
+			return err
+		}
+	case f.ends == target && err != nil:
+		return err
+	case f.ends != target && err == nil:
+		return errors.New("the clone took over")
+	case f.ends != target && !errors.Is(err, kit.ErrNotCloned):
+		return err
+	}
+	if f.ends != "" {
+		if err := watch.runs(f.ctx, f.counter, f.ends, 25); err != nil {
+			return err
+		}
+	}
+	if err := f.cloneTold(); err != nil {
+		return err
+	}
+	return f.sourceTold()
+}
+
+// cloneTold checks what the API server knows about the clone.
+func (f *fault) cloneTold() error {
+	if f.cloneGone {
+		return nil
+	}
+	p, err := f.k.Pod(f.ctx, clonePod)
+	if err != nil {
+		return err
+	}
+	c := kit.Condition(p, v1alpha1.ConditionCloned)
+	if f.ends == target {
+		if p, err = f.k.WaitRunning(f.ctx, clonePod); err != nil {
+			return err
+		}
+		if n := p.Status.ContainerStatuses[0].RestartCount; n != 0 {
+			return fmt.Errorf("the clone has restarted %d times", n)
+		}
+		return nil
+	}
+	f.Logf("%s: %s", c.Reason, c.Message)
+	if !slices.Contains(f.reasons, c.Reason) || c.Message == "" {
+		return fmt.Errorf("the clone says %s: %q, want one of %v", c.Reason, c.Message, f.reasons)
+	}
+	if p.Status.Phase != v1.PodFailed {
+		if _, err := f.k.WaitPod(f.ctx, clonePod, "failed", func(p *v1.Pod) (bool, error) { return p.Status.Phase == v1.PodFailed, nil }); err != nil {
+			return err
+		}
+	}
+	if !f.said(clonePod, c.Reason) {
+		return fmt.Errorf("the clone has no event %s", c.Reason)
+	}
+	return nil
+}
+
+// said tells whether a pod has an event with a reason.
+func (f *fault) said(pod, reason string) bool {
+	return slices.ContainsFunc(f.k.Events(f.ctx, pod), func(e v1.Event) bool { return e.Reason == reason })
+}
+
+// sourceTold checks what the API server knows about the source.
+func (f *fault) sourceTold() error {
+	if f.sourceGone {
+		return f.gone(sourcePod)
+	}
+	if f.ends == target {
+		_, err := f.k.WaitPod(f.ctx, sourcePod, "migrated", func(s *v1.Pod) (bool, error) {
+			return s.Status.Phase == v1.PodFailed && s.Status.Reason == v1alpha1.ReasonMigrated, nil
+		})
+		return err
+	}
+	p, err := f.k.WaitRunning(f.ctx, sourcePod)
+	if err != nil {
+		return err
+	}
+	if n := p.Status.ContainerStatuses[0].RestartCount; n != 0 {
+		return fmt.Errorf("the source has restarted %d times", n)
+	}
+	// It can be entered again.
+	_, err = f.k.Kubectl(f.ctx, "exec", sourcePod, "--", "/nothing")
+	if err == nil || !strings.Contains(err.Error(), "/nothing") {
+		return fmt.Errorf("the source cannot be entered: %w", err)
+	}
+	return nil
+}
+
+// gone waits until the API server does not know a pod.
+func (f *fault) gone(pod string) error {
+	for {
+		_, err := f.k.Pod(f.ctx, pod)
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		select {
+		case <-f.ctx.Done():
+			return fmt.Errorf("pod %s stays: %w", pod, f.ctx.Err())
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// end puts back what the scenario changed, removes its pods and looks for leftovers.
+func (f *fault) end() {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	if f.Failed() {
+		f.tell(ctx)
+	}
+	for _, undo := range slices.Backward(f.undo) {
+		undo()
+	}
+	for _, node := range []string{source, target} {
+		if err := clearPoints(node); err != nil {
+			f.Error(err)
+		}
+	}
+	for _, pod := range []string{clonePod, sourcePod} {
+		if err := f.k.Delete(ctx, pod); err != nil {
+			f.Error(err)
+		}
+	}
+	if err := f.k.Client.CoreV1().Namespaces().Delete(ctx, f.k.Namespace, metav1.DeleteOptions{}); err != nil {
+		f.Error(err)
+	}
+	var both sync.WaitGroup
+	for _, node := range []string{source, target} {
+		both.Go(func() { clean(ctx, f.T, node) })
+	}
+	both.Wait()
+}
+
+// tell shows what there is to know about a scenario that failed.
+func (f *fault) tell(ctx context.Context) {
+	f.Logf("last numbers: %v", tail(watch.of(f.counter), 10))
+	text, err := f.k.Kubectl(ctx, "get", "pods,events", "-o", "wide")
+	f.Logf("in the end: %v\n%s", err, text)
+	for _, node := range []string{source, target} {
+		m, err := admin.Cluster.Machine(node)
+		if err != nil {
+			f.Log(err)
+			continue
+		}
+		for _, daemon := range []string{"kubelet", "containerd"} {
+			b, err := os.ReadFile(filepath.Join(m.Logs(), daemon+".log"))
+			if err != nil {
+				f.Log(err)
+				continue
+			}
+			var mine []string
+			for line := range strings.SplitSeq(string(b), "\n") {
+				if strings.Contains(line, f.k.Namespace) || strings.Contains(line, "fault point") ||
+					daemon == "containerd" && (strings.Contains(line, "migration") || strings.Contains(line, "session")) {
+					mine = append(mine, line)
+				}
+			}
+			f.Logf("%s of %s:\n%s", daemon, node, strings.Join(tail(mine, 40), "\n"))
+		}
+	}
+}
+
+// kill ends a daemon at once; its supervisor starts it again.
+func kill(node, daemon string) func(*fault) error {
+	return func(f *fault) error {
+		m, err := admin.Cluster.Machine(node)
+		if err != nil {
+			return err
+		}
+		return m.Supervisor().Kill(f.ctx, daemon, unix.SIGKILL)
+	}
+}
+
+// stop ends a daemon and leaves it down until start.
+func stop(node, daemon string) func(*fault) error {
+	return func(f *fault) error {
+		m, err := admin.Cluster.Machine(node)
+		if err != nil {
+			return err
+		}
+		f.later(func() {
+			if err := m.Supervisor().Start(context.Background(), daemon); err != nil {
+				f.Error(err)
+			}
+		})
+		// Not in order: what it has under way is cut off.
+		if err := m.Supervisor().Kill(f.ctx, daemon, unix.SIGKILL); err != nil {
+			return err
+		}
+		return m.Supervisor().Stop(f.ctx, daemon)
+	}
+}
+
+// start lets a daemon run again.
+func start(node, daemon string) func(*fault) error {
+	return func(f *fault) error {
+		m, err := admin.Cluster.Machine(node)
+		if err != nil {
+			return err
+		}
+		return m.Supervisor().Start(f.ctx, daemon)
+	}
+}
+
+// cut unplugs the cable of a node.
+func cut(node string) func(*fault) error {
+	return func(f *fault) error {
+		f.later(func() {
+			if err := f.k.Cluster.SetLink(node, true); err != nil {
+				f.Error(err)
+			}
+		})
+		return f.k.Cluster.SetLink(node, false)
+	}
+}
+
+// heal plugs it in again.
+func heal(node string) func(*fault) error {
+	return func(f *fault) error { return f.k.Cluster.SetLink(node, true) }
+}
+
+// pause lets a fault last for some time.
+func pause(d time.Duration) func(*fault) error {
+	return func(f *fault) error {
+		select {
+		case <-time.After(d):
+			return nil
+		case <-f.ctx.Done():
+			return f.ctx.Err()
+		}
+	}
+}
+
+// frozen makes sure that nobody counts, for the time that a fault is to last.
+func frozen(d time.Duration) func(*fault) error {
+	return func(f *fault) error { return watch.still(f.ctx, f.counter, d) }
+}
+
+// runsOn waits until the pod counts on a node.
+func runsOn(node string) func(*fault) error {
+	return func(f *fault) error { return watch.runs(f.ctx, f.counter, node, 5) }
+}
+
+// remove deletes a pod without waiting for its end.
+func remove(pod string) func(*fault) error {
+	return func(f *fault) error {
+		grace := int64(1)
+		return f.k.Client.CoreV1().Pods(f.k.Namespace).Delete(f.ctx, pod, metav1.DeleteOptions{GracePeriodSeconds: &grace})
+	}
+}
+
+// all does one thing after the other.
+func all(steps ...func(*fault) error) func(*fault) error {
+	return func(f *fault) error {
+		for _, step := range steps {
+			if err := step(f); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
