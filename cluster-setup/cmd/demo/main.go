@@ -71,9 +71,9 @@ spec:
 `
 
 func run(ctx context.Context, out io.Writer, keep bool) (err error) {
-	images, err := filepath.Glob(".build/images/*.tar")
-	if err != nil {
-		return err
+	var images []string
+	for _, name := range []string{"pause", "coredns", "redis"} {
+		images = append(images, filepath.Join(".build/images", name+".tar"))
 	}
 	o := cluster.Options{
 		Name: "demo", Dir: ".build/cluster/demo", Bin: ".build/bin", RootFS: ".build/image/rootfs",
