@@ -104,6 +104,18 @@ cluster-up: image ## Start a cluster on this machine: [NODES=2]; then .build/bin
 cluster-down: ## Remove the cluster and everything it made
 	@.build/bin/localcluster down
 
+##@ See it move
+SIZES ?= 0,100,250,500,1000,2500
+REPETITIONS ?= 5
+
+.PHONY: demo bench
+demo: image ## Start a cluster of two nodes here, move a redis with a million keys, show what survived
+	@.build/bin/demo
+
+bench: image ## Time moves beside delete and recreate and beside bare CRIU: [SIZES=0,500] [REPETITIONS=5]
+	@go build -trimpath -o .build/bench/ballast ./cluster-setup/images/ballast
+	@.build/bin/migration-bench --sizes $(SIZES) --repetitions $(REPETITIONS)
+
 ##@ Patch queue (patches/README.md)
 UPSTREAM ?=
 DIR ?=
