@@ -64,6 +64,7 @@ test-unit: ## Tests that need no root, no network and nothing patched
 
 test-patched: assemble ## go vet and tests of our code against the patched sources
 	go vet $(PATCHED),root,e2e ./...
+	go vet $(PATCHED),podmig_faults ./kubelet/inject ./kubelet/cmd/...
 	go test $(PATCHED) ./kubelet/... ./containerd-cri/...
 
 test-upstream: assemble ## Upstream's own tests of every package that a patch names, hooks unset
@@ -73,6 +74,7 @@ test-root: image ## Tests that need root: real containerd, runc and CRIU; namesp
 	go test $(PATCHED),root -count=1 -p 1 -timeout 30m $(call tagged,root)
 
 e2e: image ## Move real pods between the nodes of a real cluster: [RUN=TestRedis]
+	@go run ./tools/cmd/podmig-build --only faults
 	go test $(PATCHED),e2e -count=1 -p 1 -timeout 60m $(if $(RUN),-run '$(RUN)' -v) ./cluster-setup/e2e/...
 
 ##@ Generated code of ours
