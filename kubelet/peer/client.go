@@ -57,6 +57,8 @@ func NewClient(cfg ClientConfig) (*Client, error) {
 	// an HTTP/2 connection with the commit.
 	t.NextProtos = []string{"http/1.1"}
 	t.MinVersion = max(t.MinVersion, tls.VersionTLS12)
+	// The commit may need a connection of its own, and the pod is frozen by then.
+	t.ClientSessionCache = tls.NewLRUClientSessionCache(4)
 	if cfg.Node != "" {
 		before := t.VerifyConnection
 		t.VerifyConnection = func(cs tls.ConnectionState) error {
@@ -105,12 +107,6 @@ func isNode(cert *x509.Certificate, node string) error {
 
 // Close releases idle connections. Calls that run end with their context.
 func (c *Client) Close() { c.transport.CloseIdleConnections() }
-
-// Warm makes a connection, so that a later call finds it. It asks for the status of
-// the session and ignores the answer.
-func (c *Client) Warm(ctx context.Context, s wire.Session) {
-	_, _ = c.Status(ctx, s)
-}
 
 // Open authorises, compares and preflights.
 func (c *Client) Open(ctx context.Context, s wire.Session, r *wire.OpenRequest) (*wire.OpenResponse, error) {

@@ -171,6 +171,38 @@ func TestTogether(t *testing.T) {
 	}
 }
 
+// BenchmarkStream is the most that one checkpoint can get on this machine, both ends
+// and the encryption included.
+func BenchmarkStream(b *testing.B) {
+	const size = 256 << 20
+	ca, f := wiretest.NewCA(b), wiretest.NewFake()
+	srv := httptest.NewUnstartedServer(NewServer(quiet(), sessions{f}, wiretest.Identify))
+	srv.TLS = ca.ServerTLS(ca.Node(b, "n1"))
+	srv.StartTLS()
+	defer srv.Close()
+	c, err := NewClient(ClientConfig{Address: srv.Listener.Addr().String(), Node: "n1", TLS: ca.ClientTLS(ca.Node(b, "n2"))})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer c.Close()
+	b.SetBytes(size)
+	b.ReportAllocs()
+	buf := make([]byte, 1<<20)
+	for b.Loop() {
+		f.Checkpoint = io.LimitReader(zeros{}, size)
+		r, err := c.Stream(context.Background(), wiretest.Session)
+		if err != nil {
+			b.Fatal(err)
+		}
+		n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, r, buf)
+		if err != nil || n != size {
+			b.Fatalf("%d bytes, error %v", n, err)
+		}
+		_ = r.Close()
+		<-f.Sent
+	}
+}
+
 type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
