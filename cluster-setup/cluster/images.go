@@ -17,6 +17,17 @@ func (c *Cluster) LoadImages(ctx context.Context, archives []string) error {
 	return c.importAll(ctx, c.NodeNames(), archives)
 }
 
+// importOrSkip imports the cluster's images on nodes that did not begin with them, and stores them for the next time.
+func (c *Cluster) importOrSkip(ctx context.Context, nodes []string, seeded bool) error {
+	if seeded || len(c.state.Images) == 0 {
+		return nil
+	}
+	if err := c.importAll(ctx, nodes, c.state.Images); err != nil {
+		return err
+	}
+	return c.keep(ctx, nodes[0])
+}
+
 func (c *Cluster) importAll(ctx context.Context, nodes, archives []string) error {
 	group, ctx := errgroup.WithContext(ctx)
 	for _, node := range nodes {

@@ -33,6 +33,8 @@ const (
 	nodeCNI = "/opt/cni/bin"
 )
 
+const containerdSocket = "/run/containerd/containerd.sock"
+
 // prepareNode writes everything a node needs into its file tree.
 func (c *Cluster) prepareNode(ctx context.Context, p plan) error {
 	upper := c.machine(p.name).Upper()
@@ -126,13 +128,12 @@ func (c *Cluster) startNode(ctx context.Context, p plan) error {
 	if err != nil {
 		return err
 	}
-	const socket = "/run/containerd/containerd.sock"
 	spec := netns.Spec{
 		Name: p.name, Dir: c.machineDir(p.name), Cgroup: cgroupOfMachine(c.state.Name, p.name), Layout: c.layout,
 		RootFS: c.state.RootFS, Binds: binds,
 		Supervision: []supervisor.Component{
 			{Name: Containerd, Args: []string{nodeBin + "/containerd"}, Log: "/var/log/podmig/containerd.log"},
-			{Name: Kubelet, Hold: true, WaitFor: "unix:" + socket, Log: "/var/log/podmig/kubelet.log", Args: []string{
+			{Name: Kubelet, Hold: true, WaitFor: "unix:" + containerdSocket, Log: "/var/log/podmig/kubelet.log", Args: []string{
 				nodeBin + "/kubelet", "--config=/etc/kubernetes/kubelet.yaml", "--kubeconfig=/etc/kubernetes/kubelet.conf",
 				"--hostname-override=" + p.name, "--node-ip=" + p.address.String(),
 			}},
@@ -147,7 +148,7 @@ func (c *Cluster) startNode(ctx context.Context, p plan) error {
 	if err != nil {
 		return err
 	}
-	return waitSocket(ctx, machine, socket)
+	return waitSocket(ctx, machine, containerdSocket)
 }
 
 // startKubelets lets the held components of nodes go. A kubelet that finds no API server at first asks again after ever longer

@@ -95,13 +95,15 @@ func Up(ctx context.Context, options Options) (_ *Cluster, err error) {
 	}()
 	show := progress{out: options.Progress, began: time.Now()}
 	fmt.Fprintf(show.out, "cluster %s: %d nodes, control groups %s, binaries of %s\n", options.Name, options.Nodes, layout.Mode, options.Bin)
+	var seeded bool
 	err = show.run(ctx, []action{
 		{"prepare host", func(context.Context) error { return prepareHost(layout, options.Name) }},
 		{"make certificates", func(context.Context) error { return c.makeCertificates() }},
 		{"start control plane", c.startHub},
+		{"take stored images", func(ctx context.Context) (err error) { seeded, err = c.seed(ctx, c.NodeNames()); return err }},
 		{"start nodes", func(ctx context.Context) error { return c.startNodes(ctx, c.state.Nodes) }},
 		// The API server needs a moment anyway.
-		{"import images", func(ctx context.Context) error { return c.importAll(ctx, c.NodeNames(), options.Images) }},
+		{"import images", func(ctx context.Context) error { return c.importOrSkip(ctx, c.NodeNames(), seeded) }},
 		{"wait for the API server", c.waitAPI},
 		{"apply roles", c.applyRoles},
 		{"start kubelets", func(ctx context.Context) error { return c.startKubelets(ctx, c.NodeNames()) }},
@@ -190,9 +192,11 @@ func (c *Cluster) AddNode(ctx context.Context, out io.Writer) (string, error) {
 		return "", err
 	}
 	show := progress{out: out, began: time.Now()}
+	var seeded bool
 	return p.name, show.run(ctx, []action{
+		{"take stored images", func(ctx context.Context) (err error) { seeded, err = c.seed(ctx, []string{p.name}); return err }},
 		{"start node", func(ctx context.Context) error { return c.startNodes(ctx, []int{number}) }},
-		{"import images", func(ctx context.Context) error { return c.importAll(ctx, []string{p.name}, c.state.Images) }},
+		{"import images", func(ctx context.Context) error { return c.importOrSkip(ctx, []string{p.name}, seeded) }},
 		{"start kubelet", func(ctx context.Context) error { return c.startKubelets(ctx, []string{p.name}) }},
 		{"wait for node", func(ctx context.Context) error { return c.waitNodes(ctx, []string{p.name}) }},
 	})

@@ -71,6 +71,11 @@ func (s Spec) Handle() Machine {
 // Upper is the folder whose content covers the image's: files put there before the start are in the machine.
 func (m Machine) Upper() string { return filepath.Join(m.Dir, upperDir) }
 
+// Disk is the host's folder of one of the machine's folders that do not lie on its overlay, such as /var/lib/containerd.
+func (m Machine) Disk(dir string) string {
+	return filepath.Join(m.Dir, diskDir, strings.ReplaceAll(strings.TrimPrefix(dir, "/var/"), "/", "-"))
+}
+
 // Logs is the folder of the components' logs.
 func (m Machine) Logs() string { return filepath.Join(m.Dir, logDir) }
 

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -118,16 +117,16 @@ func copyDevice(source, target string) error {
 
 // onDisk lists the folders that must not lie on the overlay: containerd stacks overlays of its own, and the pods' volumes should
 // be ordinary files.
-var onDisk = []string{"var/lib/containerd", "var/lib/kubelet", "var/lib/cni", "var/log/pods", "var/log/containers"}
+var onDisk = []string{"/var/lib/containerd", "/var/lib/kubelet", "/var/lib/cni", "/var/log/pods", "/var/log/containers"}
 
 func mountDisk(spec Spec, root string) error {
 	binds := []Bind{{Source: filepath.Join(spec.Dir, logDir), Target: "/var/log/podmig"}}
 	for _, dir := range onDisk {
-		source := filepath.Join(spec.Dir, diskDir, strings.ReplaceAll(strings.TrimPrefix(dir, "var/"), "/", "-"))
+		source := spec.Handle().Disk(dir)
 		if err := os.MkdirAll(source, 0o755); err != nil {
 			return fmt.Errorf("make folder on disk: %w", err)
 		}
-		binds = append(binds, Bind{Source: source, Target: "/" + dir})
+		binds = append(binds, Bind{Source: source, Target: dir})
 	}
 	return bindAll(binds, root)
 }
