@@ -43,7 +43,8 @@
 //     the source's containers.
 //  5. After a kubelet restart every record of the journal becomes a machine
 //     (LoadSource, LoadTarget) that gets Restarted before the kubelet synchronises
-//     pods or answers a peer.
+//     pods or answers a peer. A pod that is being deleted, and a clone whose final
+//     condition is already False, gets Cancelled right after.
 //  6. A verdict VerdictOK is reported only for an answer that was read in full. What
 //     could not be read is VerdictNoAnswer, never a guess.
 //  7. AskTarget is answered with the truth: OutcomeGone only when the target's kubelet
