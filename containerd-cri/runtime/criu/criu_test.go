@@ -1,0 +1,348 @@
+package criu
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/creds"
+	criucore "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/mnt"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
+	"google.golang.org/protobuf/proto"
+
+	"podmig.dev/podmig/containerd-cri/checkpoint"
+)
+
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func image(t testing.TB, magic uint32, entries ...proto.Message) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := newImageWriter(&b, magic)
+	for _, e := range entries {
+		check(t, w.write(e))
+	}
+	check(t, w.flush())
+	return b.Bytes()
+}
+
+func run(addr, pages uint64, flags uint32) *pagemap.PagemapEntry {
+	return &pagemap.PagemapEntry{Vaddr: proto.Uint64(addr), CompatNrPages: proto.Uint32(uint32(pages)), NrPages: proto.Uint64(pages), Flags: proto.Uint32(flags)}
+}
+
+func pagemapOf(t testing.TB, id uint32, runs ...*pagemap.PagemapEntry) []byte {
+	t.Helper()
+	entries := []proto.Message{&pagemap.PagemapHead{PagesId: proto.Uint32(id)}}
+	for _, r := range runs {
+		entries = append(entries, r)
+	}
+	return image(t, magicPagemap, entries...)
+}
+
+func runs(t testing.TB, b []byte) []Run {
+	t.Helper()
+	p, err := OpenPagemap(bytes.NewReader(b))
+	check(t, err)
+	var out []Run
+	for {
+		r, err := p.Next()
+		if errors.Is(err, io.EOF) {
+			return out
+		}
+		check(t, err)
+		out = append(out, r)
+	}
+}
+
+func TestComplete(t *testing.T) {
+	in := pagemapOf(t, 7, run(0x1000, 2, pagePresent), run(0x3000, 1, pageLazy), run(0x9000, 5, pageLazy), run(0x20000, 1, pageLazy|pagePresent))
+	var out bytes.Buffer
+	check(t, Complete(bytes.NewReader(in), &out))
+	got := runs(t, out.Bytes())
+	want := []Run{{Addr: 0x1000, Pages: 3}, {Addr: 0x9000, Pages: 5}, {Addr: 0x20000, Pages: 1}}
+	if len(got) != len(want) {
+		t.Fatalf("%v", got)
+	}
+	for i := range want {
+		if got[i] != want[i] {
+			t.Errorf("run %d is %v, want %v", i, got[i], want[i])
+		}
+	}
+}
+
+func TestHostilePagemap(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		in   []byte
+	}{
+		{"empty", nil},
+		{"another image", image(t, magicMM)},
+		{"no head", image(t, magicPagemap)},
+		{"cut off", pagemapOf(t, 1, run(0x1000, 1, pagePresent))[:20]},
+		{"an entry of four gigabytes", append(pagemapOf(t, 1), 0xff, 0xff, 0xff, 0xff)},
+		{"pages elsewhere", pagemapOf(t, 1, run(0x1000, 1, pageParent))},
+		{"pages nowhere", pagemapOf(t, 1, run(0x1000, 1, 0))},
+		{"an odd address", pagemapOf(t, 1, run(0x1001, 1, pagePresent))},
+		{"no pages", pagemapOf(t, 1, run(0x1000, 0, pagePresent))},
+		{"overlapping runs", pagemapOf(t, 1, run(0x1000, 2, pagePresent), run(0x2000, 1, pagePresent))},
+		{"an overflow", pagemapOf(t, 1, run(0x1000, 1<<60, pagePresent))},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if err := Complete(bytes.NewReader(tc.in), io.Discard); !errors.Is(err, ErrImage) {
+				t.Errorf("error %v", err)
+			}
+		})
+	}
+}
+
+// TestStore sends pages in several rounds, some of them again, some zero, in random
+// order, and expects the pages file that CRIU would have written.
+func TestStore(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for _, tc := range []struct {
+		name   string
+		rounds int
+		random bool
+	}{
+		{"one round in order", 1, false},
+		{"three rounds", 3, false},
+		{"three rounds in random order", 3, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			dir := t.TempDir()
+			s, err := NewStore(filepath.Join(dir, PagesFile(1)))
+			check(t, err)
+			const n = 300
+			want := map[uint64]byte{}
+			for round := range tc.rounds {
+				order := rnd.Perm(n)
+				for i := range n {
+					k := uint64(i)
+					if tc.random {
+						k = uint64(order[i])
+					}
+					// Later rounds send some runs only, of other lengths.
+					if round > 0 && rnd.IntN(3) > 0 {
+						continue
+					}
+					count := uint64(1)
+					if round > 0 {
+						count = min(uint64(rnd.IntN(5)+1), n-k)
+					}
+					c := byte(rnd.IntN(4))
+					var b []byte
+					if c != 0 {
+						b = bytes.Repeat([]byte{c}, int(count)*checkpoint.PageSize)
+					}
+					check(t, s.Pages(uint32(round), 0x100000+k*checkpoint.PageSize, uint32(count), b))
+					for j := range count {
+						want[0x100000+(k+j)*checkpoint.PageSize] = c
+					}
+				}
+			}
+			// The map leaves out some of the pages that came.
+			pm := filepath.Join(dir, "pagemap-1.img")
+			check(t, os.WriteFile(pm, pagemapOf(t, 1, run(0x100000, 100, pagePresent), run(0x100000+120*checkpoint.PageSize, 180, pagePresent)), 0o600))
+			check(t, Place(dir, []*Store{s}))
+			got, err := os.ReadFile(filepath.Join(dir, PagesFile(1)))
+			check(t, err)
+			if len(got) != 280*checkpoint.PageSize {
+				t.Fatalf("%d bytes", len(got))
+			}
+			for i := range 280 {
+				k := uint64(i)
+				if i >= 100 {
+					k += 20
+				}
+				c := want[0x100000+k*checkpoint.PageSize]
+				if !bytes.Equal(got[i*checkpoint.PageSize:(i+1)*checkpoint.PageSize], bytes.Repeat([]byte{c}, checkpoint.PageSize)) {
+					t.Fatalf("page %d of the file is not page %d of the memory", i, k)
+				}
+			}
+		})
+	}
+}
+
+func TestStoreRefuses(t *testing.T) {
+	dir := t.TempDir()
+	store := func(id uint32) *Store {
+		os.Remove(filepath.Join(dir, PagesFile(id)))
+		s, err := NewStore(filepath.Join(dir, PagesFile(id)))
+		check(t, err)
+		check(t, s.Pages(0, 0x1000, 1, bytes.Repeat([]byte{1}, checkpoint.PageSize)))
+		return s
+	}
+	put := func(name string, b []byte) { check(t, os.WriteFile(filepath.Join(dir, name), b, 0o600)) }
+	put("pagemap-1.img", pagemapOf(t, 1, run(0x1000, 2, pagePresent)))
+	if err := Place(dir, []*Store{store(1)}); !errors.Is(err, ErrImage) {
+		t.Errorf("a page that never came: %v", err)
+	}
+	if err := Place(dir, []*Store{store(2)}); !errors.Is(err, ErrImage) {
+		t.Errorf("pages without a map: %v", err)
+	}
+	put("pagemap-2.img", pagemapOf(t, 1, run(0x1000, 1, pagePresent)))
+	if err := Place(dir, []*Store{store(1)}); !errors.Is(err, ErrImage) {
+		t.Errorf("two maps for one file: %v", err)
+	}
+	if _, err := NewStore(filepath.Join(dir, "pagemap-1.img")); err == nil {
+		t.Error("a file was overwritten")
+	}
+}
+
+func confinement() Confinement {
+	return Confinement{
+		Capabilities: 1 << 5, NoNewPrivs: true, Seccomp: true, AppArmor: "cri",
+		Mounts: map[string]Mount{
+			"/proc": {Type: "proc"}, "/dev": {Type: "tmpfs"}, "/sys": {Type: "sysfs", ReadOnly: true}, "/data": {Type: "bind"}, "/conf": {Type: "bind", ReadOnly: true},
+		},
+		ReadOnly: []string{"/proc/sys"}, Masked: []string{"/proc/keys"},
+	}
+}
+
+func core(caps uint32, change func(*criucore.ThreadCoreEntry)) *criucore.CoreEntry {
+	t := &criucore.ThreadCoreEntry{
+		FutexRla: proto.Uint64(0), FutexRlaLen: proto.Uint32(0), SchedNice: proto.Int32(0), SchedPolicy: proto.Uint32(0),
+		SeccompMode: criucore.SeccompMode_filter.Enum(),
+		Creds: &creds.CredsEntry{
+			Uid: proto.Uint32(0), Gid: proto.Uint32(0), Euid: proto.Uint32(0), Egid: proto.Uint32(0), Suid: proto.Uint32(0), Sgid: proto.Uint32(0),
+			Fsuid: proto.Uint32(0), Fsgid: proto.Uint32(0), Secbits: proto.Uint32(0), CapEff: []uint32{caps, 0}, NoNewPrivs: proto.Uint32(1), LsmProfile: proto.String("apparmor:cri (enforce)"),
+		},
+	}
+	if change != nil {
+		change(t)
+	}
+	return &criucore.CoreEntry{Mtype: criucore.CoreEntry_X86_64.Enum(), ThreadCore: t}
+}
+
+func mountEntry(point string, fs mnt.Fstype, flags uint32, key string) *mnt.MntEntry {
+	m := &mnt.MntEntry{
+		Fstype: proto.Uint32(uint32(fs)), MntId: proto.Uint32(1), RootDev: proto.Uint32(1), ParentMntId: proto.Uint32(1), Flags: proto.Uint32(flags),
+		Root: proto.String("/"), Mountpoint: proto.String(point), Source: proto.String("x"), Options: proto.String(""),
+	}
+	if key != "" {
+		m.ExtKey = proto.String(key)
+	}
+	if point == "/proc/sys" {
+		m.Root = proto.String("/sys")
+	}
+	return m
+}
+
+func TestCheck(t *testing.T) {
+	plainCore := core(1<<5, nil)
+	mounts := func(change map[string]*mnt.MntEntry) []proto.Message {
+		all := []*mnt.MntEntry{
+			mountEntry("/", mnt.Fstype_OVERLAYFS, 0, ""), mountEntry("/proc", mnt.Fstype_PROC, 0, ""), mountEntry("/dev", mnt.Fstype_TMPFS, 0, ""),
+			mountEntry("/dev/null", mnt.Fstype_UNSUPPORTED, 0, "/dev/null"), mountEntry("/sys", mnt.Fstype_SYSFS, mountReadOnly, ""),
+			mountEntry("/data", mnt.Fstype_UNSUPPORTED, 0, "/data"), mountEntry("/conf", mnt.Fstype_UNSUPPORTED, mountReadOnly, "/conf"),
+			mountEntry("/proc/sys", mnt.Fstype_PROC, mountReadOnly, ""), mountEntry("/proc/keys", mnt.Fstype_UNSUPPORTED, 0, "/proc/keys"),
+		}
+		var out []proto.Message
+		for _, m := range all {
+			if c, ok := change[m.GetMountpoint()]; ok {
+				if c != nil {
+					out = append(out, c)
+				}
+				delete(change, m.GetMountpoint())
+				continue
+			}
+			out = append(out, m)
+		}
+		for _, m := range change {
+			out = append(out, m)
+		}
+		return out
+	}
+	one := func(m *mnt.MntEntry) []proto.Message {
+		return mounts(map[string]*mnt.MntEntry{m.GetMountpoint(): m})
+	}
+	for _, tc := range []struct {
+		name   string
+		core   *criucore.CoreEntry
+		mounts []proto.Message
+		ok     bool
+	}{
+		{"what the container may", plainCore, mounts(nil), true},
+		{"another capability", core(1<<21, nil), mounts(nil), false},
+		{"a capability beyond those known", core(1<<5, func(c *criucore.ThreadCoreEntry) { c.Creds.CapPrm = []uint32{0, 0, 1} }), mounts(nil), false},
+		{"new privileges", core(0, func(c *criucore.ThreadCoreEntry) { c.Creds.NoNewPrivs = nil }), mounts(nil), false},
+		{"no seccomp filter", core(0, func(c *criucore.ThreadCoreEntry) { c.SeccompMode = nil }), mounts(nil), false},
+		{"another AppArmor profile", core(0, func(c *criucore.ThreadCoreEntry) { c.Creds.LsmProfile = proto.String("apparmor:unconfined") }), mounts(nil), false},
+		{"a mount that nobody described", plainCore, one(mountEntry("/mnt", mnt.Fstype_TMPFS, 0, "")), false},
+		{"a disk instead of /proc", plainCore, one(mountEntry("/proc", mnt.Fstype_AUTO, 0, "")), false},
+		{"a writable /sys", plainCore, one(mountEntry("/sys", mnt.Fstype_SYSFS, 0, "")), false},
+		{"a writable /proc/sys", plainCore, one(mountEntry("/proc/sys", mnt.Fstype_PROC, 0, "")), false},
+		{"a fresh /proc on a masked path", plainCore, one(mountEntry("/proc/keys", mnt.Fstype_PROC, 0, "")), false},
+		{"a volume that is not mounted from the node", plainCore, one(mountEntry("/data", mnt.Fstype_TMPFS, 0, "")), false},
+		{"a writable configuration", plainCore, one(mountEntry("/conf", mnt.Fstype_UNSUPPORTED, 0, "/conf")), false},
+		{"a second /sys on the first", plainCore, append(mounts(nil), mountEntry("/sys", mnt.Fstype_SYSFS, 0, "")), false},
+		{"an uncovered /proc/sys", plainCore, mounts(map[string]*mnt.MntEntry{"/proc/sys": nil}), false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			dir := t.TempDir()
+			check(t, os.WriteFile(filepath.Join(dir, "core-1.img"), image(t, magicCore, tc.core), 0o600))
+			check(t, os.WriteFile(filepath.Join(dir, "mountpoints-13.img"), image(t, magicMount, tc.mounts...), 0o600))
+			check(t, os.WriteFile(filepath.Join(dir, "descriptors.json"), []byte(`["/dev/null","pipe:[1]","pipe:[2]"]`), 0o600))
+			err := Check(dir, confinement())
+			if tc.ok && err != nil || !tc.ok && !errors.Is(err, ErrConfinement) {
+				t.Errorf("error %v", err)
+			}
+		})
+	}
+}
+
+func TestDescriptors(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "descriptors.json")
+	for s, ok := range map[string]bool{`["/dev/null","pipe:[1]","pipe:[2]"]`: true, `["a","b","c","pipe:[3]"]`: false, `{}`: false} {
+		check(t, os.WriteFile(file, []byte(s), 0o600))
+		if err := checkDescriptors(file); (err == nil) != ok {
+			t.Errorf("%s: %v", s, err)
+		}
+	}
+}
+
+func TestIPC(t *testing.T) {
+	dir := t.TempDir()
+	check(t, os.WriteFile(filepath.Join(dir, "ipcns-shm-11.img"), append(image(t, 0x46283044), 1, 2, 3, 4), 0o600))
+	check(t, os.WriteFile(filepath.Join(dir, "ipcns-sem-11.img"), image(t, 0x59573019), 0o600))
+	for _, want := range []bool{true, false} {
+		objects, mapped, err := IPC(dir)
+		if err != nil || mapped || objects != want {
+			t.Errorf("objects %v, mapped %v, %v", objects, mapped, err)
+		}
+		check(t, DropIPC(dir))
+	}
+}
+
+func FuzzPagemap(f *testing.F) {
+	f.Add(pagemapOf(f, 1, run(0x1000, 2, pagePresent), run(0x9000, 1, pageLazy)))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var out bytes.Buffer
+		if Complete(bytes.NewReader(b), &out) == nil {
+			if err := Complete(&out, io.Discard); err != nil {
+				t.Errorf("a completed map is invalid: %v", err)
+			}
+		}
+	})
+}
+
+func FuzzCheck(f *testing.F) {
+	f.Add(image(f, magicCore, core(0, nil)), image(f, magicMount, mountEntry("/", mnt.Fstype_OVERLAYFS, 0, "")))
+	f.Fuzz(func(t *testing.T, core, mounts []byte) {
+		dir := t.TempDir()
+		check(t, os.WriteFile(filepath.Join(dir, "core-1.img"), core, 0o600))
+		check(t, os.WriteFile(filepath.Join(dir, "mountpoints-1.img"), mounts, 0o600))
+		check(t, os.WriteFile(filepath.Join(dir, "descriptors.json"), []byte("[]"), 0o600))
+		_ = Check(dir, confinement())
+	})
+}
