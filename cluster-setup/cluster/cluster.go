@@ -223,16 +223,36 @@ func (c *Cluster) Kubectl(ctx context.Context, command supervisor.Command) error
 
 // SetLink plugs or unplugs a node's cable.
 func (c *Cluster) SetLink(node string, on bool) error {
-	for _, number := range c.state.Nodes {
-		p, err := planNode(number)
+	p, err := c.plan(node)
+	if err != nil {
+		return err
+	}
+	return c.Hub().SetPort(p.port, on)
+}
+
+// SetLinkBetween cuts or restores the connection between two nodes; the API server and other nodes reach both all the time. Only
+// one pair can be cut at a time.
+func (c *Cluster) SetLinkBetween(one, other string, on bool) error {
+	for _, node := range []string{one, other} {
+		p, err := c.plan(node)
 		if err != nil {
 			return err
 		}
-		if p.name == node {
-			return c.Hub().SetPort(p.port, on)
+		if err := c.Hub().Isolate(p.port, !on); err != nil {
+			return err
 		}
 	}
-	return fmt.Errorf("cluster %s has no node %q", c.state.Name, node)
+	return nil
+}
+
+func (c *Cluster) plan(node string) (plan, error) {
+	for _, number := range c.state.Nodes {
+		p, err := planNode(number)
+		if err != nil || p.name == node {
+			return p, err
+		}
+	}
+	return plan{}, fmt.Errorf("cluster %s has no node %q: there are %s", c.state.Name, node, strings.Join(c.NodeNames(), ", "))
 }
 
 // ComponentPID is the host's number of a component's process.

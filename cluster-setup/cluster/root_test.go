@@ -357,7 +357,7 @@ func testKill(t *testing.T, c *Cluster) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ticks := kubectl(t, c, "get", "pod", "counter", "--output=jsonpath={.status.containerStatuses[0].containerID}")
+	container := kubectl(t, c, "get", "pod", "counter", "--output=jsonpath={.status.containerStatuses[0].containerID}")
 	if err := client.Kill(t.Context(), Containerd, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -376,8 +376,8 @@ func testKill(t *testing.T, c *Cluster) {
 	if pid, err := c.ComponentPID(t.Context(), "node2", Kubelet); err != nil || pid != kubelet {
 		t.Errorf("kubelet was %d and is %d: %v", kubelet, pid, err)
 	}
-	if after := kubectl(t, c, "get", "pod", "counter", "--output=jsonpath={.status.containerStatuses[0].containerID}"); after != ticks {
-		t.Errorf("container %s has become %s", ticks, after)
+	if after := kubectl(t, c, "get", "pod", "counter", "--output=jsonpath={.status.containerStatuses[0].containerID}"); after != container {
+		t.Errorf("container %s has become %s", container, after)
 	}
 	if err := client.Stop(t.Context(), Kubelet); err != nil {
 		t.Fatal(err)
@@ -398,28 +398,47 @@ func testLink(t *testing.T, c *Cluster) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dial := func() error {
+	node1, err := c.Machine("node1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dial := func(from netns.Machine) error {
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 		defer cancel()
-		conn, err := c.Hub().Dial(ctx, "tcp", netJoin(there.address.String(), "10250"))
+		conn, err := from.Dial(ctx, "tcp", netJoin(there.address.String(), "10250"))
 		if err != nil {
 			return err
 		}
 		return conn.Close()
 	}
-	if err := c.SetLink("node2", false); err != nil {
-		t.Fatal(err)
+	reachable := func(from netns.Machine) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		if err := poll(ctx, func() error { return dial(from) }); err != nil {
+			t.Errorf("node2 is not reached from %s: %v", from.Name, err)
+		}
 	}
-	if err := dial(); err == nil {
-		t.Error("node2 is reached without its cable")
+	unreachable := func(from netns.Machine) {
+		t.Helper()
+		if err := dial(from); err == nil {
+			t.Errorf("node2 is reached from %s", from.Name)
+		}
 	}
-	if err := c.SetLink("node2", true); err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	if err := poll(ctx, dial); err != nil {
-		t.Error(err)
+	for _, step := range []struct {
+		change     func() error
+		hub, node1 func(netns.Machine)
+	}{
+		{func() error { return c.SetLink("node2", false) }, unreachable, unreachable},
+		{func() error { return c.SetLink("node2", true) }, reachable, reachable},
+		{func() error { return c.SetLinkBetween("node1", "node2", false) }, reachable, unreachable},
+		{func() error { return c.SetLinkBetween("node1", "node2", true) }, reachable, reachable},
+	} {
+		if err := step.change(); err != nil {
+			t.Fatal(err)
+		}
+		step.hub(c.Hub())
+		step.node1(node1)
 	}
 }
 

@@ -93,6 +93,14 @@ func Write(path string, image Image) (string, error) {
 	if err := file.Close(); err != nil {
 		return "", fmt.Errorf("write image: %w", err)
 	}
+	// A file that stays as it is keeps its time, by which others know that nothing has changed.
+	made, err := OpenLayer(file.Name())
+	if err != nil {
+		return "", err
+	}
+	if before, err := OpenLayer(path); err == nil && before.Digest == made.Digest {
+		return name, nil
+	}
 	if err := os.Rename(file.Name(), path); err != nil {
 		return "", fmt.Errorf("write image: %w", err)
 	}

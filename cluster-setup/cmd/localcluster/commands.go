@@ -331,9 +331,10 @@ func (g *globals) supervisor(machine string) (supervisor.Client, error) {
 }
 
 func linkCommand(g *globals) *cobra.Command {
-	return &cobra.Command{
+	var peer string
+	cmd := &cobra.Command{
 		Use:   "link NODE up|down",
-		Short: "plug or unplug the network cable of a node",
+		Short: "plug or unplug the network cable of a node, or cut only its way to another node",
 		Args:  cobra.ExactArgs(2),
 		RunE: func(_ *cobra.Command, args []string) error {
 			if args[1] != "up" && args[1] != "down" {
@@ -343,9 +344,14 @@ func linkCommand(g *globals) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if peer != "" {
+				return c.SetLinkBetween(args[0], peer, args[1] == "up")
+			}
 			return c.SetLink(args[0], args[1] == "up")
 		},
 	}
+	cmd.Flags().StringVar(&peer, "peer", "", "cut only the way to this node; the API server stays reachable")
+	return cmd
 }
 
 func pidCommand(g *globals) *cobra.Command {

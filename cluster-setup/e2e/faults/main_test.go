@@ -14,7 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -142,7 +141,7 @@ func prepare(ctx context.Context, c *cluster.Cluster) error {
 		if err := os.WriteFile(filepath.Join(dir, "deadlines.json"), text, 0o644); err != nil {
 			return err
 		}
-		if err := m.Supervisor().Kill(ctx, cluster.Kubelet, unix.SIGKILL); err != nil {
+		if err := killDaemon(ctx, node, cluster.Kubelet); err != nil {
 			return err
 		}
 		if err := m.Supervisor().Run(ctx, supervisor.Command{Args: []string{"ip", "address", "replace", witnessAddress + "/32", "dev", "lo"}}); err != nil {

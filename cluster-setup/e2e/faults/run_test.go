@@ -21,6 +21,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"podmig.dev/podmig/cluster-setup/kit"
+	"podmig.dev/podmig/cluster-setup/supervisor"
 	"podmig.dev/podmig/kubelet/apis/migration/v1alpha1"
 	"podmig.dev/podmig/tools/clone"
 )
@@ -324,12 +325,40 @@ func (f *fault) tell(ctx context.Context) {
 
 // kill ends a daemon at once; its supervisor starts it again.
 func kill(node, daemon string) func(*fault) error {
-	return func(f *fault) error {
-		m, err := admin.Cluster.Machine(node)
-		if err != nil {
+	return func(f *fault) error { return killDaemon(f.ctx, node, daemon) }
+}
+
+// killDaemon returns when the daemon has ended.
+func killDaemon(ctx context.Context, node, daemon string) error {
+	m, err := admin.Cluster.Machine(node)
+	if err != nil {
+		return err
+	}
+	restarts := func() (int, error) {
+		all, err := m.Supervisor().Status(ctx)
+		i := slices.IndexFunc(all, func(s supervisor.Status) bool { return s.Name == daemon })
+		if err != nil || i < 0 {
+			return 0, fmt.Errorf("find %s on %s: %w", daemon, node, err)
+		}
+		return all[i].Restarts, nil
+	}
+	before, err := restarts()
+	if err != nil {
+		return err
+	}
+	if err := m.Supervisor().Kill(ctx, daemon, unix.SIGKILL); err != nil {
+		return err
+	}
+	for {
+		now, err := restarts()
+		if err != nil || now > before {
 			return err
 		}
-		return m.Supervisor().Kill(f.ctx, daemon, unix.SIGKILL)
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the end of %s on %s: %w", daemon, node, ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
 	}
 }
 
@@ -346,7 +375,7 @@ func stop(node, daemon string) func(*fault) error {
 			}
 		})
 		// Not in order: what it has under way is cut off.
-		if err := m.Supervisor().Kill(f.ctx, daemon, unix.SIGKILL); err != nil {
+		if err := killDaemon(f.ctx, node, daemon); err != nil {
 			return err
 		}
 		return m.Supervisor().Stop(f.ctx, daemon)

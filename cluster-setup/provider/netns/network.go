@@ -137,6 +137,23 @@ func (m Machine) Route(prefix netip.Prefix, gateway netip.Addr) error {
 
 // SetPort plugs or unplugs a machine's cable at the hub.
 func (m Machine) SetPort(port string, on bool) error {
+	return m.withPort(port, func(handle *netlink.Handle, link netlink.Link) error {
+		if on {
+			return handle.LinkSetUp(link)
+		}
+		return handle.LinkSetDown(link)
+	})
+}
+
+// Isolate cuts a port off from all other isolated ports, but neither from the hub nor from ports that are not isolated. Isolating
+// two ports separates exactly these two machines.
+func (m Machine) Isolate(port string, on bool) error {
+	return m.withPort(port, func(handle *netlink.Handle, link netlink.Link) error {
+		return handle.LinkSetIsolated(link, on)
+	})
+}
+
+func (m Machine) withPort(port string, do func(*netlink.Handle, netlink.Link) error) error {
 	pid, err := m.InitPID()
 	if err != nil {
 		return err
@@ -146,11 +163,7 @@ func (m Machine) SetPort(port string, on bool) error {
 		if err != nil {
 			return fmt.Errorf("find port %s: %w", port, err)
 		}
-		set := handle.LinkSetDown
-		if on {
-			set = handle.LinkSetUp
-		}
-		if err := set(link); err != nil {
+		if err := do(handle, link); err != nil {
 			return fmt.Errorf("switch port %s: %w", port, err)
 		}
 		return nil

@@ -84,7 +84,12 @@ func Start(ctx context.Context, spec Spec, connect func(pid int) error) (_ Machi
 	if err != nil {
 		return machine, err
 	}
-	defer launcher.Wait()
+	defer func() {
+		// After a success it has been waited for already.
+		if launcher.ProcessState == nil {
+			_ = launcher.Wait()
+		}
+	}()
 	stop := context.AfterFunc(ctx, func() { news.Close() })
 	defer stop()
 	lines := bufio.NewReader(news)
@@ -98,6 +103,10 @@ func Start(ctx context.Context, spec Spec, connect func(pid int) error) (_ Machi
 	}
 	if err := os.WriteFile(filepath.Join(spec.Dir, pidFile), fmt.Appendln(nil, pid), 0o644); err != nil {
 		return machine, err
+	}
+	// Version 2 control groups can be handed on only when nobody but the first process is left in the machine's own.
+	if err := launcher.Wait(); err != nil {
+		return machine, fmt.Errorf("launcher: %w", err)
 	}
 	if err := connect(pid); err != nil {
 		return machine, err
