@@ -45,9 +45,8 @@ sandbox = "podmig.test/workload:1"
 const cni = `{"cniVersion":"1.0.0","name":"test","plugins":[
 {"type":"ptp","ipam":{"type":"host-local","ranges":[[{"subnet":"10.99.0.0/24"}]],"routes":[{"dst":"0.0.0.0/0"}]}}]}`
 
-// node is the containerd of this test process.
-type node struct {
-	t    *testing.T
+// machine is the containerd of this test process. It outlives single tests.
+type machine struct {
 	cmd  *exec.Cmd
 	log  string
 	conn *grpc.ClientConn
@@ -55,31 +54,41 @@ type node struct {
 	mig migration.MigrationServiceClient
 }
 
-var theNode struct {
+// node is the machine in the hands of one test.
+type node struct {
+	t *testing.T
+	*machine
+}
+
+var theMachine struct {
 	sync.Mutex
-	cmd *exec.Cmd
+	*machine
 }
 
 // start returns the running containerd, started by the first test that asks.
 func start(t *testing.T) *node {
 	t.Helper()
-	theNode.Lock()
-	defer theNode.Unlock()
-	n := &node{t: t, log: "/var/log/containerd.log"}
-	if theNode.cmd == nil {
+	theMachine.Lock()
+	defer theMachine.Unlock()
+	if theMachine.machine == nil {
+		theMachine.machine = &machine{log: "/var/log/containerd.log"}
 		// CRIU looks at what the kernel can do through the loopback device.
 		if out, err := exec.Command("ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
 			t.Fatalf("loopback: %v: %s", err, out)
 		}
 		write(t, "/etc/containerd/config.toml", config)
 		write(t, "/etc/cni/net.d/10-test.conflist", cni)
-		theNode.cmd = launch(t, n.log)
-		n.connect(t)
+		theMachine.cmd = launch(t, theMachine.log)
+		theMachine.connect(t)
 		importImage(t, "podmig.test/workload:1", map[string]string{"/workload": "/workload"}, []string{"/workload"})
-	} else {
-		n.connect(t)
 	}
-	n.cmd = theNode.cmd
+	n := &node{t: t, machine: theMachine.machine}
+	t.Cleanup(func() {
+		if t.Failed() {
+			b, _ := os.ReadFile(n.log)
+			t.Logf("containerd:\n%s", tail(warnings(b), 4000))
+		}
+	})
 	return n
 }
 
@@ -104,19 +113,50 @@ func launch(t *testing.T, logFile string) *exec.Cmd {
 // restart kills containerd without a warning and starts it again.
 func (n *node) restart() {
 	n.t.Helper()
-	theNode.Lock()
-	defer theNode.Unlock()
 	if err := n.cmd.Process.Signal(syscall.SIGKILL); err != nil {
 		n.t.Fatal(err)
 	}
 	_ = n.cmd.Wait()
 	n.conn.Close()
 	n.cmd = launch(n.t, n.log)
-	theNode.cmd = n.cmd
 	n.connect(n.t)
 }
 
-func (n *node) connect(t *testing.T) {
+// clean checks that nothing of any session is left.
+func (n *node) clean() {
+	n.t.Helper()
+	for _, side := range []string{"c", "r"} {
+		left, _ := os.ReadDir("/run/containerd/io.containerd.grpc.v1.podmig-migration/" + side)
+		for _, e := range left {
+			n.t.Errorf("a session directory is left: %s/%s", side, e.Name())
+		}
+	}
+	if b, _ := os.ReadFile("/proc/self/mounts"); bytes.Contains(b, []byte("podmig ")) {
+		n.t.Errorf("a mount is left:\n%s", b)
+	}
+	eventually(n.t, "CRIU has ended", func() error {
+		procs, _ := filepath.Glob("/proc/[0-9]*/comm")
+		for _, p := range procs {
+			if b, _ := os.ReadFile(p); string(b) == "criu\n" {
+				status, _ := os.ReadFile(filepath.Dir(p) + "/status")
+				if !bytes.Contains(status, []byte("zombie")) {
+					return fmt.Errorf("process %s", filepath.Base(filepath.Dir(p)))
+				}
+			}
+		}
+		return nil
+	})
+	_ = filepath.WalkDir("/sys/fs/cgroup/freezer/kubepods", func(p string, d os.DirEntry, err error) error {
+		if err == nil && d.Name() == "freezer.state" {
+			if b, _ := os.ReadFile(p); string(b) != "THAWED\n" {
+				n.t.Errorf("%s is %s", p, b)
+			}
+		}
+		return nil
+	})
+}
+
+func (n *machine) connect(t *testing.T) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
@@ -146,13 +186,6 @@ func (n *node) connect(t *testing.T) {
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
-	t.Cleanup(func() {
-		conn.Close()
-		if t.Failed() {
-			b, _ := os.ReadFile(n.log)
-			t.Logf("containerd:\n%s", tail(warnings(b), 4000))
-		}
-	})
 }
 
 // warnings leaves out the lines of a log that only say that all is well.
@@ -273,6 +306,8 @@ type pod struct {
 	config  *cri.PodSandboxConfig
 	volumes []*migration.Volume
 	ids     map[string]string
+	// privileged gives containers started from now on every capability.
+	privileged bool
 }
 
 type container struct {
@@ -341,6 +376,7 @@ func (p *pod) create(c container) string {
 		LogPath: c.name + ".log", Mounts: c.mounts, Tty: c.tty,
 		Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{
 			NamespaceOptions: &cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER},
+			Capabilities:     p.capabilities(),
 			MaskedPaths:      []string{"/proc/kcore", "/proc/keys", "/sys/firmware"},
 			ReadonlyPaths:    []string{"/proc/sys", "/proc/bus"},
 		}},
@@ -350,6 +386,13 @@ func (p *pod) create(c container) string {
 	}
 	p.ids[c.name] = r.ContainerId
 	return r.ContainerId
+}
+
+func (p *pod) capabilities() *cri.Capability {
+	if p.privileged {
+		return &cri.Capability{AddCapabilities: []string{"SYS_ADMIN", "NET_ADMIN"}}
+	}
+	return nil
 }
 
 func (p *pod) start(c container) string {
@@ -400,10 +443,25 @@ func (p *pod) log(name string) string {
 	return string(b)
 }
 
+// cgroupsOf returns the control groups of a container.
+func cgroupsOf(id string) []string {
+	var out []string
+	for _, pattern := range []string{"/sys/fs/cgroup/*/kubepods/*/" + id, "/sys/fs/cgroup/kubepods/*/" + id} {
+		dirs, _ := filepath.Glob(pattern)
+		out = append(out, dirs...)
+	}
+	return out
+}
+
+func readFile(path string) string {
+	b, _ := os.ReadFile(path)
+	return string(b)
+}
+
 // eventually waits for a condition that has no event.
 func eventually(t *testing.T, what string, f func() error) {
 	t.Helper()
-	deadline := time.Now().Add(8 * time.Second)
+	deadline := time.Now().Add(30 * time.Second)
 	for {
 		err := f()
 		if err == nil {

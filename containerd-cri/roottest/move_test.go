@@ -70,11 +70,7 @@ func prepare(t *testing.T, ctx context.Context, session string, src, dst *pod) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rr := &migration.PrepareRestoreRequest{SessionId: session, PodSandboxId: dst.id, Volumes: dst.volumes, StreamVersion: 1}
-	for name, id := range dst.ids {
-		rr.Containers = append(rr.Containers, &migration.RestoreTarget{ContainerId: id, Name: name})
-	}
-	r, err := dst.n.mig.PrepareRestore(ctx, rr)
+	r, err := dst.n.mig.PrepareRestore(ctx, restoreRequest(session, dst))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -97,6 +93,14 @@ func checkpointRequest(session string, src *pod) *migration.PrepareCheckpointReq
 	r := &migration.PrepareCheckpointRequest{SessionId: session, PodSandboxId: src.id, Volumes: src.volumes, StreamVersion: 1}
 	for name, id := range src.ids {
 		r.Containers = append(r.Containers, &migration.CheckpointContainer{ContainerId: id, Name: name})
+	}
+	return r
+}
+
+func restoreRequest(session string, dst *pod) *migration.PrepareRestoreRequest {
+	r := &migration.PrepareRestoreRequest{SessionId: session, PodSandboxId: dst.id, Volumes: dst.volumes, StreamVersion: 1}
+	for name, id := range dst.ids {
+		r.Containers = append(r.Containers, &migration.RestoreTarget{ContainerId: id, Name: name})
 	}
 	return r
 }
@@ -229,9 +233,7 @@ func TestConformance(t *testing.T) {
 	n := start(t)
 	pods := map[string]*pod{}
 	make := func(t *testing.T, count int, created bool) migrationtest.Pod {
-		m := *n
-		m.t = t
-		p := m.runPod(fmt.Sprintf("conf%d", len(pods)))
+		p := start(t).runPod(fmt.Sprintf("conf%d", len(pods)))
 		out := migrationtest.Pod{SandboxID: p.id}
 		mounts := []*cri.Mount{p.volume("data")}
 		for i := range count {

@@ -4,7 +4,9 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"fmt"
 	"net"
 	"os"
@@ -12,6 +14,8 @@ import (
 	"strconv"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func main() {
@@ -24,6 +28,15 @@ func main() {
 		pause()
 	case "serve":
 		serve(os.Args[2:])
+	case "multipath":
+		// A listener that CRIU can not dump.
+		var lc net.ListenConfig
+		lc.SetMultipathTCP(true)
+		_, err := lc.Listen(context.Background(), "tcp", "127.0.0.1:0")
+		exitOn(err)
+		serve(os.Args[2:])
+	case "sysv":
+		sysv(os.Args[2])
 	case "cat":
 		b, err := os.ReadFile(os.Args[2])
 		exitOn(err)
@@ -125,4 +138,26 @@ func ask(socket, question string) (string, error) {
 		return "", err
 	}
 	return s[:len(s)-1], nil
+}
+
+// sysv counts in a segment of System V shared memory and answers with the count.
+func sysv(socket string) {
+	id, err := unix.SysvShmGet(4711, 4096, unix.IPC_CREAT|0o600)
+	exitOn(err)
+	mem, err := unix.SysvShmAttach(id, 0, 0)
+	exitOn(err)
+	_ = os.Remove(socket)
+	l, err := net.Listen("unix", socket)
+	exitOn(err)
+	go func() {
+		for {
+			c, err := l.Accept()
+			exitOn(err)
+			fmt.Fprintln(c, binary.LittleEndian.Uint64(mem))
+			c.Close()
+		}
+	}()
+	for range time.Tick(10 * time.Millisecond) {
+		binary.LittleEndian.PutUint64(mem, binary.LittleEndian.Uint64(mem)+1)
+	}
 }

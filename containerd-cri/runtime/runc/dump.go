@@ -121,7 +121,7 @@ func lazyDump(cmd *exec.Cmd, conf, dir string) ([]byte, error) {
 	// means that there is none.
 	var b [1]byte
 	if _, err := io.ReadFull(ready, b[:]); err == nil {
-		if err := endPageServer(); err != nil {
+		if err := awaitPageServer(10 * time.Second); err != nil {
 			_ = cmd.Process.Kill()
 			_ = cmd.Wait()
 			return said.Bytes(), err
@@ -135,21 +135,25 @@ func lazyDump(cmd *exec.Cmd, conf, dir string) ([]byte, error) {
 // takes for success: a connection that is closed. The caller's thread is in the
 // server's network namespace.
 func endPageServer() error {
-	for deadline := time.Now().Add(10 * time.Second); ; {
-		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			return fmt.Errorf("page server: %w", err)
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("page server: %w", err)
+	}
+	defer unix.Close(fd)
+	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: pagePort, Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		return fmt.Errorf("page server: %w", err)
+	}
+	return nil
+}
+
+// awaitPageServer ends the session as soon as there is one: runc reports the end of
+// the dump just before CRIU listens.
+func awaitPageServer(limit time.Duration) error {
+	for deadline := time.Now().Add(limit); ; time.Sleep(200 * time.Microsecond) {
+		err := endPageServer()
+		if err == nil || !errors.Is(err, unix.ECONNREFUSED) || time.Now().After(deadline) {
+			return err
 		}
-		err = unix.Connect(fd, &unix.SockaddrInet4{Port: pagePort, Addr: [4]byte{127, 0, 0, 1}})
-		unix.Close(fd)
-		if err == nil {
-			return nil
-		}
-		// runc reports the end of the dump just before CRIU listens.
-		if !errors.Is(err, unix.ECONNREFUSED) || time.Now().After(deadline) {
-			return fmt.Errorf("page server: %w", err)
-		}
-		time.Sleep(200 * time.Microsecond)
 	}
 }
 
@@ -238,10 +242,7 @@ func recoverDump(ctx context.Context, c runtime.Container, file string) error {
 			// Refused means not yet, or not any more.
 			for ctx.Err() == nil {
 				_ = endPageServer()
-				short, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
-				err := awaitExit(short, pidfd)
-				cancel()
-				if err == nil {
+				if n, _ := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 5); n == 1 {
 					return nil
 				}
 			}
