@@ -14,7 +14,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
+	"time"
 
+	"golang.org/x/sync/errgroup"
 	"sigs.k8s.io/yaml"
 
 	"podmig.dev/podmig/cluster-setup/debian"
@@ -62,6 +65,47 @@ func (b Builder) Names() ([]string, error) {
 		names = append(names, filepath.Base(filepath.Dir(file)))
 	}
 	return names, nil
+}
+
+// Built is a finished image.
+type Built struct {
+	Name, Archive, Digest string
+	Took                  time.Duration
+}
+
+// atOnce is how many images are built side by side: fetching packages is mostly waiting.
+const atOnce = 3
+
+// BuildAll makes several images and reports each when it is finished. What they share is made first.
+func (b Builder) BuildAll(ctx context.Context, names []string, report func(Built)) error {
+	for _, name := range names {
+		description, err := b.read(name)
+		if err != nil {
+			return err
+		}
+		if len(description.Packages) > 0 {
+			if _, _, err := b.base(ctx); err != nil {
+				return err
+			}
+		}
+	}
+	var one sync.Mutex
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(atOnce)
+	for _, name := range names {
+		group.Go(func() error {
+			began := time.Now()
+			archive, digest, err := b.Build(ctx, name)
+			if err != nil {
+				return err
+			}
+			one.Lock()
+			defer one.Unlock()
+			report(Built{Name: name, Archive: archive, Digest: digest, Took: time.Since(began)})
+			return nil
+		})
+	}
+	return group.Wait()
 }
 
 // Build makes the archive of one image and returns its path and the digest of its manifest.
@@ -170,24 +214,30 @@ func compile(ctx context.Context, dir, target string) error {
 	return nil
 }
 
+// base returns the root file system and the layer that all images of Debian packages share.
+func (b Builder) base(ctx context.Context) (string, oci.Layer, error) {
+	rootfs, err := debian.RootFS{Variant: variant, Mirror: b.Mirror}.Cached(ctx, b.Cache)
+	if err != nil {
+		return "", oci.Layer{}, err
+	}
+	layer, err := oci.NormalizeOnce(layerPath(rootfs), rootfs, "", debian.Stamp)
+	return rootfs, layer, err
+}
+
+// variant without a package manager: nothing is installed later.
+const variant = "essential"
+
 // debian returns the shared base layer and the layer of what the packages add to it.
 func (b Builder) debian(ctx context.Context, packages []string) ([]oci.Layer, error) {
-	base := debian.RootFS{Variant: "essential", Mirror: b.Mirror}
-	baseTar, err := base.Cached(ctx, b.Cache)
+	base, lower, err := b.base(ctx)
 	if err != nil {
 		return nil, err
 	}
-	full := base
-	full.Packages = packages
-	fullTar, err := full.Cached(ctx, b.Cache)
+	full, err := debian.RootFS{Variant: variant, Packages: packages, Mirror: b.Mirror}.Cached(ctx, b.Cache)
 	if err != nil {
 		return nil, err
 	}
-	lower, err := oci.NormalizeOnce(layerPath(baseTar), baseTar, "", debian.Stamp)
-	if err != nil {
-		return nil, err
-	}
-	upper, err := oci.NormalizeOnce(layerPath(fullTar), fullTar, baseTar, debian.Stamp)
+	upper, err := oci.NormalizeOnce(layerPath(full), full, base, debian.Stamp)
 	if err != nil {
 		return nil, err
 	}

@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -42,15 +41,9 @@ func newCommand() *cobra.Command {
 					return err
 				}
 			}
-			for _, name := range names {
-				began := time.Now()
-				archive, digest, err := builder.Build(cmd.Context(), name)
-				if err != nil {
-					return err
-				}
-				fmt.Fprintf(cmd.OutOrStdout(), "%s %s %s %.1fs\n", mkimage.Ref(name), digest, archive, time.Since(began).Seconds())
-			}
-			return nil
+			return builder.BuildAll(cmd.Context(), names, func(image mkimage.Built) {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s %s %s %.1fs\n", mkimage.Ref(image.Name), image.Digest, image.Archive, image.Took.Seconds())
+			})
 		},
 	}
 	cmd.Flags().StringVar(&builder.Sources, "sources", "cluster-setup/images", "folder of the images' descriptions")
