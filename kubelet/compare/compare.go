@@ -192,7 +192,7 @@ func volumeMovable(v *v1.Volume) *Finding {
 	case v.HostPath != nil:
 		return &Finding{
 			Code:    CodeHostPath,
-			Message: fmt.Sprintf("volume %q is the directory %s of the source node, which does not move", v.Name, v.HostPath.Path),
+			Message: fmt.Sprintf("volume %q is the path %s of the source node, which does not move", v.Name, v.HostPath.Path),
 			Cure:    "use an emptyDir volume, which moves with the pod",
 		}
 	}

@@ -111,14 +111,20 @@ type Error struct {
 	Findings []Finding `json:"findings,omitempty"`
 }
 
-func (e *Error) Error() string {
-	var b strings.Builder
-	b.WriteString(e.Message)
-	if e.Cure != "" {
-		b.WriteString("; " + e.Cure)
+func (e *Error) Error() string { return fmt.Sprintf("%s (%s)", Sentence(e.Message, e.Cure), e.Code) }
+
+// Sentence joins what is in the way and what can be done about it, each a sentence or
+// a part of one, without a full stop.
+func Sentence(message, cure string) string {
+	message, cure = strings.TrimSuffix(message, "."), strings.TrimSuffix(cure, ".")
+	if cure == "" {
+		return message
 	}
-	fmt.Fprintf(&b, " (%s)", e.Code)
-	return b.String()
+	// A name that begins with capitals stays as it is.
+	if len(cure) > 1 && cure[0] >= 'A' && cure[0] <= 'Z' && (cure[1] < 'A' || cure[1] > 'Z') {
+		cure = strings.ToLower(cure[:1]) + cure[1:]
+	}
+	return message + "; " + cure
 }
 
 // Is makes errors.Is(err, &Error{Code: c}) compare codes.
