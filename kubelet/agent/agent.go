@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"sync"
 	"time"
@@ -19,10 +20,11 @@ import (
 	"podmig.dev/podmig/kubelet/wire"
 )
 
-// Peer is the kubelet of another node; *peer.Client is one.
+// Peer is the kubelet of another node; see Remote.
 type Peer interface {
 	Open(ctx context.Context, s wire.Session, r *wire.OpenRequest) (*wire.OpenResponse, error)
-	Stream(ctx context.Context, s wire.Session) (*peer.Received, error)
+	// Stream returns the checkpoint. Read returns io.EOF only after all of it arrived.
+	Stream(ctx context.Context, s wire.Session) (io.ReadCloser, error)
 	Freeze(ctx context.Context, s wire.Session, r *wire.FreezeRequest) (*wire.FreezeResponse, error)
 	Commit(ctx context.Context, s wire.Session, r *wire.CommitRequest) (*wire.CommitResponse, error)
 	Done(ctx context.Context, s wire.Session, r *wire.DoneRequest) error
@@ -30,6 +32,14 @@ type Peer interface {
 	Abort(ctx context.Context, s wire.Session, r *wire.FailureRequest) error
 	Outcome(ctx context.Context, s wire.Session) (*wire.OutcomeResponse, error)
 	Close()
+}
+
+// Remote is a Peer over the network.
+type Remote struct{ *peer.Client }
+
+// Stream implements Peer.
+func (r Remote) Stream(ctx context.Context, s wire.Session) (io.ReadCloser, error) {
+	return r.Client.Stream(ctx, s)
 }
 
 // Config has everything an agent needs.
@@ -187,6 +197,16 @@ func IsCloned(pod *v1.Pod) bool {
 	i := slices.IndexFunc(pod.Status.Conditions, func(c v1.PodCondition) bool { return c.Type == conditionCloned })
 	return i >= 0 && pod.Status.Conditions[i].Status == v1.ConditionTrue
 }
+
+// failed tells whether a clone will never run, by its own status.
+func failed(pod *v1.Pod) bool {
+	i := slices.IndexFunc(pod.Status.Conditions, func(c v1.PodCondition) bool { return c.Type == conditionCloned })
+	return i >= 0 && pod.Status.Conditions[i].Status == v1.ConditionFalse
+}
+
+// runtimeTimeout bounds calls to the runtime and the API server that are short. What
+// does not answer in time is asked again.
+const runtimeTimeout = time.Minute
 
 // ErrClosed is returned while the kubelet shuts down.
 var ErrClosed = errors.New("the kubelet shuts down; the migration goes on after its next start")

@@ -3,6 +3,8 @@ package agent
 import (
 	"context"
 	"errors"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -46,14 +48,10 @@ type driver struct {
 	queue  []migration.Event
 	wake   chan struct{}
 	timers map[migration.Timer]*time.Timer
-	// calls are the running calls to the runtime.
-	calls map[*call]struct{}
-}
-
-// call is one call to the runtime that can be cancelled and waited for.
-type call struct {
-	cancel context.CancelFunc
-	done   chan struct{}
+	// ordered is what inOrder has to run; the first one is running.
+	ordered []func(context.Context)
+	// calls are the running calls to the runtime that its Finish does not interrupt.
+	calls map[chan struct{}]struct{}
 }
 
 func newDriver(ctx context.Context, side migration.Side, m machine, j Journal) *driver {
@@ -66,7 +64,7 @@ func newDriver(ctx context.Context, side migration.Side, m machine, j Journal) *
 		done:   make(chan struct{}),
 		wake:   make(chan struct{}, 1),
 		timers: make(map[migration.Timer]*time.Timer),
-		calls:  make(map[*call]struct{}),
+		calls:  make(map[chan struct{}]struct{}),
 	}
 }
 
@@ -91,6 +89,11 @@ func (d *driver) identity() migration.Identity {
 
 func (d *driver) next() (migration.Event, bool) {
 	for {
+		// What fails because the kubelet shuts down is no failure of the migration: no
+		// event after the end of the context counts.
+		if d.ctx.Err() != nil {
+			return nil, false
+		}
 		d.mu.Lock()
 		if len(d.queue) > 0 {
 			e := d.queue[0]
@@ -138,6 +141,9 @@ func (d *driver) run() {
 		for _, effect := range effects {
 			if d.point != nil {
 				d.point(pointName(d.side, effect))
+			}
+			if d.ctx.Err() != nil {
+				return
 			}
 			d.do(effect)
 		}
@@ -205,40 +211,66 @@ func (d *driver) start(f func(ctx context.Context)) {
 	}()
 }
 
-// callRuntime runs f beside the loop as a call that finish cancels.
-func (d *driver) callRuntime(f func(ctx context.Context)) {
-	ctx, cancel := context.WithCancel(d.ctx)
-	c := &call{cancel: cancel, done: make(chan struct{})}
+// inOrder runs f beside the loop, after everything that was given to inOrder before.
+func (d *driver) inOrder(f func(ctx context.Context)) {
 	d.mu.Lock()
-	d.calls[c] = struct{}{}
+	d.ordered = append(d.ordered, f)
+	first := len(d.ordered) == 1
 	d.mu.Unlock()
-	d.start(func(context.Context) {
-		defer func() {
-			cancel()
+	if !first {
+		return
+	}
+	d.start(func(ctx context.Context) {
+		for {
 			d.mu.Lock()
-			delete(d.calls, c)
+			if len(d.ordered) == 0 {
+				d.mu.Unlock()
+				return
+			}
+			next := d.ordered[0]
 			d.mu.Unlock()
-			close(c.done)
+			next(ctx)
+			d.mu.Lock()
+			d.ordered = d.ordered[1:]
+			d.mu.Unlock()
+		}
+	})
+}
+
+// callRuntime runs f beside the loop as a call to the runtime. A call that lasts
+// is one that the Finish call of its session interrupts in the runtime.
+func (d *driver) callRuntime(lasts bool, f func(ctx context.Context)) {
+	done := make(chan struct{})
+	if !lasts {
+		d.mu.Lock()
+		d.calls[done] = struct{}{}
+		d.mu.Unlock()
+	}
+	d.start(func(ctx context.Context) {
+		defer func() {
+			d.mu.Lock()
+			delete(d.calls, done)
+			d.mu.Unlock()
+			close(done)
 		}()
 		f(ctx)
 	})
 }
 
-// finishRuntime cancels the calls to the runtime that are still running, waits for
-// them and then runs f: what f says to the runtime is the last word.
+// finishRuntime runs f when the calls to the runtime that came before it have
+// returned. They are not cancelled: a cancelled call returns here while the runtime
+// may still be at it, and what f says has to be the last word.
 func (d *driver) finishRuntime(f func(ctx context.Context)) {
 	d.mu.Lock()
-	running := make([]*call, 0, len(d.calls))
-	for c := range d.calls {
-		running = append(running, c)
-	}
+	running := slices.Collect(maps.Keys(d.calls))
 	d.mu.Unlock()
-	d.callRuntime(func(ctx context.Context) {
-		for _, c := range running {
-			c.cancel()
-		}
-		for _, c := range running {
-			<-c.done
+	d.callRuntime(false, func(ctx context.Context) {
+		for _, done := range running {
+			select {
+			case <-done:
+			case <-ctx.Done():
+				return
+			}
 		}
 		f(ctx)
 	})

@@ -42,6 +42,9 @@ type API interface {
 	Pod(ctx context.Context, namespace, name string) (*v1.Pod, error)
 	// Kubelet returns where the kubelet of a node serves, as HOST:PORT.
 	Kubelet(ctx context.Context, node string) (string, error)
+	// Fenced tells whether somebody with authority has said that a node is off: the taint
+	// node.kubernetes.io/out-of-service.
+	Fenced(ctx context.Context, node string) (bool, error)
 	// PatchStatus changes the status of a pod of this node. The function gets the
 	// current status and may be called again after a conflict.
 	PatchStatus(ctx context.Context, namespace, name, uid string, change func(*v1.PodStatus)) error

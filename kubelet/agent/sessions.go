@@ -362,6 +362,10 @@ func (a *Agent) Stream(ctx context.Context, c peer.Call) (*peer.Stream, error) {
 		return nil, err
 	}
 	r, err := s.ask(ctx, func(id migration.RequestID) migration.Event { return migration.StreamRequested{Request: id} })
+	if ctx.Err() != nil {
+		// Whoever asked has gone: a stream that begins now has no reader.
+		s.d.post(migration.StreamBroken{Message: "the target went away before the stream began"})
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -398,11 +402,6 @@ func (s *source) version() uint32 {
 		return s.offer.StreamVersion
 	}
 	return cri.StreamVersion
-}
-
-// Logs is not how the log travels.
-func (a *Agent) Logs(context.Context, peer.Call) (io.ReadCloser, error) {
-	return nil, wire.Errorf(wire.CodeUnknownPath, "the log of a container is a part of the checkpoint stream")
 }
 
 // Freeze freezes the pod and returns when everything was handed to the stream.

@@ -2,10 +2,13 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	v1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -27,7 +30,8 @@ type source struct {
 
 	mu       sync.Mutex
 	requests map[migration.RequestID]chan<- reply
-	last     migration.RequestID
+	// last request; the numbers of requests begin with 1.
+	last migration.RequestID
 	// cut ends the stream that is being sent.
 	cut context.CancelFunc
 	// free is closed while nothing keeps the kubelet from the pod, nil-safe through
@@ -62,12 +66,6 @@ func (a *Agent) removeSource(s *source) {
 	id := s.d.identity()
 	s.unguardPod()
 	a.suspendProbes(id.SourceUID, false)
-	s.mu.Lock()
-	for r, ch := range s.requests {
-		ch <- reply{err: s.ended()}
-		delete(s.requests, r)
-	}
-	s.mu.Unlock()
 	a.cfg.Metrics.sourceEnded(s.state())
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -76,15 +74,31 @@ func (a *Agent) removeSource(s *source) {
 	delete(a.pods, id.SourceUID)
 }
 
-// ended is the answer to whoever asks a session that is over.
-func (s *source) ended() *wire.Error {
-	switch s.state() {
-	case migration.SourceReleased:
-		return wire.Errorf(wire.CodeReleased, "the source was stopped, the clone has taken over")
-	case migration.SourceReturned:
-		return wire.Errorf(wire.CodeReturned, "the source runs again, the clone could not be restored")
+// epilogue asks a machine that is terminal: its loop has ended, and all that it still
+// does is to answer.
+func (s *source) epilogue(event func(migration.RequestID) migration.Event) (reply, error) {
+	const id = 0
+	s.d.step.Lock()
+	effects, err := s.m.Step(event(id))
+	s.d.step.Unlock()
+	if err != nil {
+		return reply{}, wire.Errorf(wire.CodeInternal, "%v", err)
 	}
-	return wire.Errorf(wire.CodeAborted, "the migration ended before the commit, the source runs")
+	for _, e := range effects {
+		if a, ok := e.(migration.Answer); ok && a.Request == id {
+			r := answerOf(a)
+			return r, r.err
+		}
+	}
+	return reply{}, wire.Errorf(wire.CodeInternal, "the session is over and does not answer")
+}
+
+func answerOf(e migration.Answer) reply {
+	r := reply{frozen: e.Frozen}
+	if e.Code != "" {
+		r.err = &wire.Error{Code: wire.Code(e.Code), Message: e.Message}
+	}
+	return r
 }
 
 func (s *source) state() migration.SourceState {
@@ -147,6 +161,9 @@ func (s *source) unguardPod() {
 
 // ask hands a request to the engine and waits for its answer.
 func (s *source) ask(ctx context.Context, event func(migration.RequestID) migration.Event) (reply, error) {
+	if s.terminal() && s.a.ctx.Err() == nil {
+		return s.epilogue(event)
+	}
 	ch := make(chan reply, 1)
 	s.mu.Lock()
 	s.last++
@@ -165,7 +182,8 @@ func (s *source) ask(ctx context.Context, event func(migration.RequestID) migrat
 		case r := <-ch:
 			return r, r.err
 		default:
-			return reply{}, s.ended()
+			// The loop ended before it came to this request.
+			return s.epilogue(event)
 		}
 	case <-ctx.Done():
 		s.mu.Lock()
@@ -189,11 +207,7 @@ func (s *source) perform(effect migration.Effect) {
 	id := s.d.identity()
 	switch e := effect.(type) {
 	case migration.Answer:
-		r := reply{frozen: e.Frozen}
-		if e.Code != "" {
-			r.err = &wire.Error{Code: wire.Code(e.Code), Message: e.Message}
-		}
-		s.answer(e.Request, r)
+		s.answer(e.Request, answerOf(e))
 	case migration.SendStream:
 		s.answer(e.Request, reply{address: e.Address})
 	case migration.CutStream:
@@ -211,11 +225,11 @@ func (s *source) perform(effect migration.Effect) {
 	case migration.ResumeProbes:
 		s.a.suspendProbes(id.SourceUID, false)
 	case migration.Report:
-		s.d.start(func(ctx context.Context) { s.report(ctx, e) })
+		s.d.inOrder(func(ctx context.Context) { s.report(ctx, e) })
 	case migration.PrepareCheckpoint:
-		s.d.callRuntime(s.prepare)
+		s.d.callRuntime(false, s.prepare)
 	case migration.FreezeCheckpoint:
-		s.d.callRuntime(s.freeze)
+		s.d.callRuntime(true, s.freeze)
 	case migration.FinishCheckpoint:
 		s.d.finishRuntime(func(ctx context.Context) { s.finish(ctx, e.Outcome) })
 	case migration.MarkMigrated:
@@ -228,9 +242,8 @@ func (s *source) perform(effect migration.Effect) {
 }
 
 func (s *source) report(ctx context.Context, e migration.Report) {
-	if pod, ok := s.a.cfg.Node.Pod(s.d.identity().SourceUID); ok {
-		s.a.cfg.Node.Event(ctx, pod, e.Warning, string(e.Reason), e.Message)
-	}
+	id := s.d.identity()
+	s.a.event(ctx, id.Namespace, id.SourcePod, id.SourceUID, e.Warning, string(e.Reason), e.Message)
 }
 
 func (s *source) fail(op migration.Op, err error) {
@@ -254,6 +267,8 @@ func (s *source) prepare(ctx context.Context) {
 		return
 	}
 	req.Volumes = volumes(s.a.cfg.Node, pod)
+	ctx, cancel := context.WithTimeout(ctx, runtimeTimeout)
+	defer cancel()
 	resp, err := s.a.cfg.Runtime.PrepareCheckpoint(ctx, req)
 	if err != nil {
 		s.fail(migration.OpPrepareCheckpoint, err)
@@ -297,7 +312,11 @@ func (s *source) finish(ctx context.Context, outcome migration.FinishOutcome) {
 	for _, c := range id.Containers {
 		req.ContainerIds = append(req.ContainerIds, c.ID)
 	}
-	if _, err := s.a.cfg.Runtime.FinishCheckpoint(ctx, req); err != nil {
+	ctx, cancel := context.WithTimeout(ctx, runtimeTimeout)
+	defer cancel()
+	_, err := s.a.cfg.Runtime.FinishCheckpoint(ctx, req)
+	// Containers that are gone need neither a thaw nor an end.
+	if err != nil && status.Code(err) != codes.NotFound {
 		s.fail(migration.OpFinishCheckpoint, err)
 		return
 	}
@@ -310,10 +329,15 @@ func (s *source) finish(ctx context.Context, outcome migration.FinishOutcome) {
 func (s *source) mark(ctx context.Context) {
 	id := s.d.identity()
 	change := func(st *v1.PodStatus) { markMigrated(st, id) }
-	if pod, ok := s.a.cfg.Node.Pod(id.SourceUID); ok {
+	pod, err := s.a.await(ctx, id.Namespace, id.SourcePod, id.SourceUID)
+	if err != nil {
+		s.fail(migration.OpMark, err)
+		return
+	}
+	if pod != nil {
 		s.a.cfg.Node.Terminate(ctx, pod, change)
 	}
-	err := s.a.cfg.API.PatchStatus(ctx, id.Namespace, id.SourcePod, id.SourceUID, change)
+	err = s.a.cfg.API.PatchStatus(ctx, id.Namespace, id.SourcePod, id.SourceUID, change)
 	if err != nil && !s.a.gone(id.SourceUID, err) {
 		s.fail(migration.OpMark, fmt.Errorf("write the final status of the source pod: %w", err))
 		return
@@ -349,44 +373,47 @@ func setCondition(st *v1.PodStatus, c v1.PodCondition) {
 	st.Conditions = append(st.Conditions, c)
 }
 
-// askTarget finds out what became of the clone: its kubelet knows best, its status
-// knows when the kubelet has forgotten.
+// askTarget finds out what became of the clone: its kubelet knows best, its condition
+// knows when the kubelet does not answer or was made anew.
 func (s *source) askTarget(ctx context.Context) {
-	id := s.d.identity()
-	outcome := func(o migration.Outcome, reason migration.Reason, text string) {
-		s.d.post(migration.TargetAnswered{Outcome: o, Reason: reason, Message: text})
-	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
+	id := s.d.identity()
+	answer, err := s.askKubelet(ctx, id)
+	if err == nil && answer.Outcome != wire.OutcomeGone {
+		s.d.post(migration.TargetAnswered{Outcome: migration.Outcome(answer.Outcome), Reason: migration.Reason(answer.Reason), Message: answer.Message})
+		return
+	}
+	// The condition is written once nothing is left to be decided. The phase is not
+	// enough: other things than a migration end a pod.
+	clone, readErr := s.a.cfg.API.Pod(ctx, id.Namespace, id.ClonePod)
+	switch {
+	case readErr == nil && string(clone.UID) == id.Session && IsCloned(clone):
+		s.d.post(migration.TargetAnswered{Outcome: migration.OutcomeRestored})
+	case readErr == nil && string(clone.UID) == id.Session && failed(clone):
+		s.d.post(migration.TargetAnswered{Outcome: migration.OutcomeFailed, Reason: migration.Reason(clone.Status.Reason), Message: clone.Status.Message})
+	case err == nil && (readErr == nil || apierrors.IsNotFound(readErr) || apierrors.IsForbidden(readErr)):
+		// A target keeps its record until the source has confirmed the end, so a kubelet
+		// that knows nothing never owned the pod.
+		s.d.post(migration.TargetAnswered{Outcome: migration.OutcomeGone})
+	default:
+		if off, fenceErr := s.a.cfg.API.Fenced(ctx, id.PeerNode); fenceErr == nil && off {
+			s.d.post(migration.PeerFenced{Message: fmt.Sprintf("node %s is marked as out of service", id.PeerNode)})
+			return
+		}
+		s.d.post(migration.TargetAnswered{Outcome: migration.OutcomeUnknown, Message: message(errors.Join(err, readErr))})
+	}
+}
+
+func (s *source) askKubelet(ctx context.Context, id migration.Identity) (*wire.OutcomeResponse, error) {
 	p, err := s.a.peer(ctx, id.PeerNode)
 	if err != nil {
-		outcome(migration.OutcomeUnknown, "", err.Error())
-		return
+		return nil, err
 	}
 	defer p.Close()
 	w := session(id)
 	w.Pod = id.ClonePod
-	resp, err := p.Outcome(ctx, w)
-	if err != nil {
-		outcome(migration.OutcomeUnknown, "", err.Error())
-		return
-	}
-	if resp.Outcome == wire.OutcomeGone {
-		// A target keeps its record until the source has confirmed the end, so a kubelet
-		// that knows nothing never owned the pod. Only a node that was made anew in
-		// between says the same wrongly; the clone's condition may still tell.
-		clone, err := s.a.cfg.API.Pod(ctx, id.Namespace, id.ClonePod)
-		switch {
-		case apierrors.IsNotFound(err), apierrors.IsForbidden(err):
-		case err != nil:
-			outcome(migration.OutcomeUnknown, "", err.Error())
-			return
-		case string(clone.UID) == id.Session && IsCloned(clone):
-			outcome(migration.OutcomeRestored, "", "")
-			return
-		}
-	}
-	outcome(migration.Outcome(resp.Outcome), migration.Reason(resp.Reason), resp.Message)
+	return p.Outcome(ctx, w)
 }
 
 // streamOut is the body of a stream that is sent to the peer.

@@ -30,6 +30,9 @@ type target struct {
 	a *Agent
 	d *driver
 	m *migration.Target
+	// admitted is closed when the guard has let go of the clone.
+	admitted chan struct{}
+	admit    sync.Once
 	// create is signalled when the engine wants the clone's containers.
 	create chan struct{}
 
@@ -38,8 +41,10 @@ type target struct {
 	source Peer
 	offer  *wire.OpenResponse
 	// received is the stream on its way in; cut ends it.
-	received *peer.Received
+	received io.ReadCloser
 	cut      context.CancelFunc
+	// freezing is closed when the request to freeze was answered; nil before it.
+	freezing chan struct{}
 	digest   string
 	resumed  int64
 	// since is when the phase of a name began.
@@ -48,10 +53,25 @@ type target struct {
 
 func (a *Agent) addTarget(m *migration.Target) *target {
 	id := m.Identity()
-	t := &target{a: a, m: m, create: make(chan struct{}, 1), since: make(map[string]time.Time)}
+	t := &target{a: a, m: m, create: make(chan struct{}, 1), admitted: make(chan struct{}), since: make(map[string]time.Time)}
 	t.d = newDriver(a.ctx, migration.SideTarget, m, a.cfg.Journal)
 	t.d.perform, t.d.point = t.perform, a.cfg.Point
-	a.cfg.Guard.Set(id.Session, guard.Hold{WithholdStart: true, Started: a.touchLog})
+	a.cfg.Guard.Set(id.Session, guard.Hold{
+		WithholdStart: true, Started: a.touchLog,
+		// Whoever ends the clone while it takes over cancels that, and waits until it is
+		// clear who owns the pod.
+		BeforeStop: func(ctx context.Context) error {
+			t.d.post(migration.Cancelled{Message: "the clone is being stopped"})
+			select {
+			case <-t.d.done:
+				return nil
+			case <-t.admitted:
+				return nil
+			case <-ctx.Done():
+				return fmt.Errorf("the pod is being taken over from pod %s: %w", id.SourcePod, ctx.Err())
+			}
+		},
+	})
 	a.mu.Lock()
 	a.targets[id.Session] = t
 	a.mu.Unlock()
@@ -198,9 +218,23 @@ func sentence(s string) string {
 	return string(s[0] - 'a' + 'A')[:1] + s[1:] + "."
 }
 
+// refuseTimeout bounds the attempts to write why a clone was refused.
+const refuseTimeout = time.Minute
+
 // refuse ends a clone before anything was begun for it.
 func (a *Agent) refuse(ctx context.Context, id migration.Identity, reason migration.Reason, text string) error {
-	if err := a.recordFailure(ctx, id, reason, text); err != nil {
+	// The pod worker cancels ctx as soon as it hears that the pod is to end, which is
+	// the first thing that is done.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), refuseTimeout)
+	defer cancel()
+	err := retry(ctx, func(ctx context.Context) error {
+		err := a.recordFailure(ctx, id, reason, text)
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		return err
+	})
+	if err != nil {
 		return fmt.Errorf("write the final status of the clone: %w", err)
 	}
 	return fmt.Errorf("%s: %s", reason, text)
@@ -309,17 +343,17 @@ func (t *target) perform(effect migration.Effect) {
 		}
 		t.mu.Unlock()
 	case migration.Report:
-		t.d.start(func(ctx context.Context) { t.report(ctx, e) })
+		t.d.inOrder(func(ctx context.Context) { t.report(ctx, e) })
 	case migration.PrepareRestore:
-		t.d.callRuntime(t.prepare)
+		t.d.callRuntime(false, t.prepare)
 	case migration.ReceiveStream:
 		t.d.start(func(ctx context.Context) { t.receive(ctx, e.Address) })
 	case migration.VerifyRestore:
-		t.d.callRuntime(t.verify)
+		t.d.callRuntime(true, t.verify)
 	case migration.RestoreContainers:
-		t.d.callRuntime(t.restore)
+		t.d.callRuntime(false, t.restore)
 	case migration.InspectContainers:
-		t.d.callRuntime(t.inspect)
+		t.d.callRuntime(false, t.inspect)
 	case migration.StopRestored:
 		t.d.finishRuntime(t.stop)
 	case migration.FinishRestore:
@@ -330,8 +364,9 @@ func (t *target) perform(effect migration.Effect) {
 		t.a.cloned[id.Session] = true
 		t.a.mu.Unlock()
 		t.a.cfg.Guard.Release(id.Session)
+		t.admit.Do(func() { close(t.admitted) })
 	case migration.RecordOutcome:
-		t.d.start(func(ctx context.Context) { t.record(ctx, e) })
+		t.d.inOrder(func(ctx context.Context) { t.record(ctx, e) })
 	default:
 		t.d.log.Error(nil, "Target cannot carry out the effect", "effect", effect)
 	}
@@ -339,12 +374,10 @@ func (t *target) perform(effect migration.Effect) {
 
 func (t *target) report(ctx context.Context, e migration.Report) {
 	id := t.d.identity()
-	if pod, ok := t.a.cfg.Node.Pod(id.Session); ok {
-		t.a.cfg.Node.Event(ctx, pod, e.Warning, string(e.Reason), e.Message)
-	}
+	t.a.event(ctx, id.Namespace, id.ClonePod, id.Session, e.Warning, string(e.Reason), e.Message)
 	err := t.a.cfg.API.PatchStatus(ctx, id.Namespace, id.ClonePod, id.Session, func(st *v1.PodStatus) {
 		for _, c := range st.Conditions {
-			// Reports run beside the loop: one that comes late does not undo the end.
+			// What the source has still to be told is no step back of the clone.
 			if c.Type == conditionCloned && c.Status != v1.ConditionUnknown {
 				return
 			}
@@ -382,6 +415,12 @@ func (t *target) call(ctx context.Context, e migration.Call) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	err := t.request(ctx, e)
+	if err != nil && peer.VerdictOf(err) == peer.VerdictNoAnswer {
+		id := t.d.identity()
+		if off, fenceErr := t.a.cfg.API.Fenced(ctx, id.PeerNode); fenceErr == nil && off {
+			t.d.post(migration.PeerFenced{Message: fmt.Sprintf("node %s is marked as out of service", id.PeerNode)})
+		}
+	}
 	answered := migration.Answered{Verb: e.Verb, Verdict: migration.Verdict(peer.VerdictOf(err))}
 	if err != nil {
 		answered.Code, answered.Message = migration.Code(wire.CodeOf(err)), message(err)
@@ -414,6 +453,11 @@ func (t *target) request(ctx context.Context, e migration.Call) error {
 		return err
 	case migration.VerbFreeze:
 		t.begin("final", "frozen")
+		freezing := make(chan struct{})
+		t.mu.Lock()
+		t.freezing = freezing
+		t.mu.Unlock()
+		defer close(freezing)
 		_, err := p.Freeze(ctx, w, &wire.FreezeRequest{})
 		return err
 	case migration.VerbCommit:
@@ -459,7 +503,7 @@ func (t *target) open(ctx context.Context, p Peer, w wire.Session, id migration.
 		return err
 	}
 	for _, f := range offer.Findings {
-		t.a.cfg.Node.Event(ctx, pod, true, f.Code, f.Message+"; "+f.Cure)
+		t.a.cfg.Node.Event(ctx, pod, true, f.Code, wire.Sentence(f.Message, f.Cure))
 	}
 	t.mu.Lock()
 	t.offer = offer
@@ -485,6 +529,8 @@ func (t *target) prepare(ctx context.Context) {
 	for _, c := range id.Containers {
 		req.Containers = append(req.Containers, &cri.RestoreTarget{ContainerId: c.ID, Name: c.Name})
 	}
+	ctx, cancel := context.WithTimeout(ctx, runtimeTimeout)
+	defer cancel()
 	resp, err := t.a.cfg.Runtime.PrepareRestore(ctx, req)
 	if err != nil {
 		t.fail(migration.OpPrepareRestore, err)
@@ -502,10 +548,26 @@ func (t *target) receive(ctx context.Context, address string) {
 	t.mu.Unlock()
 	n, err := t.copyStream(ctx, address)
 	t.a.cfg.Metrics.received(uint64(n))
-	if err != nil {
-		t.d.post(migration.StreamBroken{Message: err.Error()})
+	if err == nil {
+		return
 	}
+	// A dump that fails breaks the stream, too. The answer to the freeze says why, and
+	// it is on its way.
+	t.mu.Lock()
+	freezing := t.freezing
+	t.mu.Unlock()
+	if freezing != nil {
+		select {
+		case <-freezing:
+		case <-ctx.Done():
+		case <-time.After(whyTimeout):
+		}
+	}
+	t.d.post(migration.StreamBroken{Message: err.Error()})
 }
+
+// whyTimeout is how long a broken stream waits for its reason.
+const whyTimeout = 2 * time.Second
 
 func (t *target) copyStream(ctx context.Context, address string) (int64, error) {
 	t.mu.Lock()
@@ -600,6 +662,8 @@ func (t *target) found(ctx context.Context) (created, running int, err error) {
 }
 
 func (t *target) inspect(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, runtimeTimeout)
+	defer cancel()
 	created, running, err := t.found(ctx)
 	if err != nil {
 		t.fail(migration.OpInspect, err)
@@ -618,6 +682,8 @@ func (t *target) inspect(ctx context.Context) {
 
 // stop makes sure that no restored process exists.
 func (t *target) stop(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, runtimeTimeout)
+	defer cancel()
 	for _, c := range t.d.identity().Containers {
 		if err := t.a.cfg.Containers.Stop(ctx, c.ID); err != nil {
 			t.fail(migration.OpStopRestored, fmt.Errorf("stop container %q: %w", c.Name, err))
@@ -636,6 +702,8 @@ func (t *target) stop(ctx context.Context) {
 }
 
 func (t *target) finish(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, runtimeTimeout)
+	defer cancel()
 	if _, err := t.a.cfg.Runtime.FinishRestore(ctx, &cri.FinishRestoreRequest{SessionId: t.d.identity().Session}); err != nil {
 		t.fail(migration.OpFinishRestore, err)
 		return
@@ -645,6 +713,8 @@ func (t *target) finish(ctx context.Context) {
 
 // record writes the end of the migration to the clone.
 func (t *target) record(ctx context.Context, e migration.RecordOutcome) {
+	ctx, cancel := context.WithTimeout(ctx, runtimeTimeout)
+	defer cancel()
 	id := t.d.identity()
 	var err error
 	if e.Cloned {
@@ -667,9 +737,7 @@ func (a *Agent) gone(uid string, err error) bool {
 }
 
 func (a *Agent) recordSuccess(ctx context.Context, id migration.Identity, text string) error {
-	if pod, ok := a.cfg.Node.Pod(id.Session); ok {
-		a.cfg.Node.Event(ctx, pod, false, v1alpha1.ReasonCloned, text)
-	}
+	a.event(ctx, id.Namespace, id.ClonePod, id.Session, false, v1alpha1.ReasonCloned, text)
 	return a.cfg.API.PatchStatus(ctx, id.Namespace, id.ClonePod, id.Session, func(st *v1.PodStatus) {
 		setCondition(st, v1.PodCondition{Type: conditionCloned, Status: v1.ConditionTrue, Reason: v1alpha1.ReasonCloned, Message: text})
 	})
@@ -682,7 +750,11 @@ func (a *Agent) recordFailure(ctx context.Context, id migration.Identity, reason
 		st.Message = text
 		setCondition(st, v1.PodCondition{Type: conditionCloned, Status: v1.ConditionFalse, Reason: string(reason), Message: text})
 	}
-	if pod, ok := a.cfg.Node.Pod(id.Session); ok {
+	pod, err := a.await(ctx, id.Namespace, id.ClonePod, id.Session)
+	if err != nil {
+		return err
+	}
+	if pod != nil {
 		a.cfg.Node.Event(ctx, pod, true, string(reason), text)
 		a.cfg.Node.Terminate(ctx, pod, change)
 	}

@@ -126,7 +126,11 @@ func (i *injector) attach(ctx context.Context, kl *kubelet.Kubelet, cs *containe
 			cfg := identity.Clone()
 			// The API server's name, which the kubeconfig may give, is not the peer's.
 			cfg.ServerName = ""
-			return peer.NewClient(peer.ClientConfig{Address: address, Node: name, TLS: cfg})
+			c, err := peer.NewClient(peer.ClientConfig{Address: address, Node: name, TLS: cfg})
+			if err != nil {
+				return nil, err
+			}
+			return agent.Remote{Client: c}, nil
 		},
 	})
 	kubelet.SyncRuntimePod = i.sync

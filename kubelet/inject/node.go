@@ -95,6 +95,14 @@ func (a *apiServer) Kubelet(ctx context.Context, name string) (string, error) {
 	return net.JoinHostPort(n.Status.Addresses[i].Address, strconv.Itoa(int(port))), nil
 }
 
+func (a *apiServer) Fenced(ctx context.Context, name string) (bool, error) {
+	n, err := a.c.CoreV1().Nodes().Get(ctx, name, metav1.GetOptions{})
+	if err != nil {
+		return false, err
+	}
+	return slices.ContainsFunc(n.Spec.Taints, func(t v1.Taint) bool { return t.Key == v1.TaintNodeOutOfService }), nil
+}
+
 func (a *apiServer) PatchStatus(ctx context.Context, namespace, name, uid string, change func(*v1.PodStatus)) error {
 	pods := a.c.CoreV1().Pods(namespace)
 	return retry.RetryOnConflict(retry.DefaultBackoff, func() error {
