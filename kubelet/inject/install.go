@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"google.golang.org/grpc"
@@ -59,6 +60,8 @@ type injector struct {
 	guard   *guard.Guard
 	agent   *agent.Agent
 	runtime cri.MigrationServiceClient
+	// containers is the runtime past the guard.
+	containers *containers
 }
 
 // adjust is called with the connections to the runtime made and the kubelet not yet
@@ -89,7 +92,8 @@ func (i *injector) adjust(ctx context.Context, cfg *kubeletconfig.KubeletConfigu
 		// An option cannot fail. The guard keeps every pod untouched until the journal
 		// was read, so a kubelet that goes on without it does no harm; it ends here all
 		// the same, because it could do no good either.
-		if err := i.attach(ctx, kl, &containers{runtime}, identity); err != nil {
+		i.containers = &containers{runtime}
+		if err := i.attach(ctx, kl, identity); err != nil {
 			logger.Error(err, "Pod migration cannot start")
 			klog.FlushAndExit(klog.ExitFlushTimeout, 1)
 		}
@@ -98,7 +102,7 @@ func (i *injector) adjust(ctx context.Context, cfg *kubeletconfig.KubeletConfigu
 }
 
 // attach makes the agent and lets it continue what the journal knows.
-func (i *injector) attach(ctx context.Context, kl *kubelet.Kubelet, cs *containers, identity *tls.Config) error {
+func (i *injector) attach(ctx context.Context, kl *kubelet.Kubelet, identity *tls.Config) error {
 	j, err := journal.Open(filepath.Join(kl.RootDirectory(), "migrations"))
 	if err != nil {
 		return err
@@ -114,7 +118,7 @@ func (i *injector) attach(ctx context.Context, kl *kubelet.Kubelet, cs *containe
 	i.agent = agent.New(ctx, agent.Config{
 		Node:       &node{kl},
 		API:        &apiServer{kl.KubeClient()},
-		Containers: cs,
+		Containers: i.containers,
 		Runtime:    i.runtime,
 		Journal:    j,
 		Guard:      i.guard,
@@ -141,11 +145,16 @@ func (i *injector) attach(ctx context.Context, kl *kubelet.Kubelet, cs *containe
 }
 
 // sync stands in for the runtime's SyncPod.
-func (i *injector) sync(ctx context.Context, pod *v1.Pod, _ *kubecontainer.PodStatus, sync func(*v1.Pod) kubecontainer.PodSyncResult) kubecontainer.PodSyncResult {
+func (i *injector) sync(ctx context.Context, pod *v1.Pod, known *kubecontainer.PodStatus, sync func(*v1.Pod) kubecontainer.PodSyncResult) kubecontainer.PodSyncResult {
+	var result kubecontainer.PodSyncResult
 	if !i.agent.Takes(pod) {
+		if pod.Spec.ClonePod != "" && i.outdated(ctx, pod, known) {
+			// The kubelet syncs the pod again when it hears that its containers run.
+			klog.FromContext(ctx).Info("The clone's containers were restored a moment ago, waiting for their status", "pod", klog.KObj(pod))
+			return result
+		}
 		return sync(pod)
 	}
-	var result kubecontainer.PodSyncResult
 	err := i.agent.Sync(ctx, pod, func(shell *v1.Pod) error {
 		result = sync(shell)
 		return result.Error()
@@ -154,6 +163,25 @@ func (i *injector) sync(ctx context.Context, pod *v1.Pod, _ *kubecontainer.PodSt
 		result.Fail(err)
 	}
 	return result
+}
+
+// outdated tells whether what the kubelet knows of a clone is older than its restore.
+// A kubelet that restarts in a migration can meet the pod for the first time when the
+// clone runs already, with a status from before. It would take a container that was
+// created and never started for one that has to be made again.
+func (i *injector) outdated(ctx context.Context, pod *v1.Pod, known *kubecontainer.PodStatus) bool {
+	created := make(map[string]bool)
+	for _, c := range known.ContainerStatuses {
+		if c.State == kubecontainer.ContainerStateCreated {
+			created[c.ID.ID] = true
+		}
+	}
+	if len(created) == 0 {
+		return false
+	}
+	_, cs, err := i.containers.Of(ctx, string(pod.UID))
+	// Without an answer nothing could be made again either.
+	return err != nil || slices.ContainsFunc(cs, func(c agent.Container) bool { return c.Running && created[c.ID] })
 }
 
 func (i *injector) handler(ctx context.Context, auth server.AuthInterface) http.Handler {
