@@ -280,24 +280,6 @@ func importImage(t *testing.T, ref string, files map[string]string, entrypoint [
 	}
 }
 
-// withLibraries adds the shared libraries of programs of the node to a set of files.
-func withLibraries(t *testing.T, files map[string]string, programs ...string) map[string]string {
-	t.Helper()
-	for _, p := range programs {
-		files[p] = p
-		out, err := exec.Command("ldd", p).Output()
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, w := range strings.Fields(string(out)) {
-			if strings.HasPrefix(w, "/") {
-				files[w] = w
-			}
-		}
-	}
-	return files
-}
-
 // pod is a sandbox with containers.
 type pod struct {
 	n       *node

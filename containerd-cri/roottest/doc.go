@@ -8,6 +8,7 @@
 // behind, that memory stays bounded. They do not cover two machines, the kubelet or
 // the network between nodes; that is the cluster's end-to-end test.
 //
-// Everything has the build tag root. PODMIG_ROOTFS and PODMIG_BIN name the node
-// image's root file system and the built programs.
+// Everything has the build tag root. PODMIG_ROOTFS, PODMIG_BIN and PODMIG_IMAGES
+// name the node image's root file system, the built programs and the container
+// images; the defaults are where make image puts them.
 package roottest

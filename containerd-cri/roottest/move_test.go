@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"strconv"
 	"strings"
 	"testing"
@@ -184,9 +185,11 @@ func sequence(t *testing.T, what string, got []string) {
 // uptime.
 func TestMoveRedis(t *testing.T) {
 	n := start(t)
-	importImage(t, "podmig.test/redis:1", withLibraries(t, map[string]string{"/data/": "", "/tmp/": ""}, "/usr/bin/redis-server", "/usr/bin/redis-cli"), []string{"/usr/bin/redis-server"})
+	if out, err := exec.Command("ctr", "-n", "k8s.io", "images", "import", "/opt/images/redis.tar").CombinedOutput(); err != nil {
+		t.Fatalf("import: %v: %s", err, out)
+	}
 	src, dst := n.runPod("redis-src"), n.runPod("redis-dst")
-	c := container{name: "redis", image: "podmig.test/redis:1", args: []string{"--save", "", "--dir", "/data", "--enable-debug-command", "yes"}}
+	c := container{name: "redis", image: "podmig.dev/redis:v1", args: []string{"--save", "", "--dir", "/tmp", "--enable-debug-command", "yes"}}
 	src.start(c)
 	dst.create(c)
 	cli := func(p *pod, args ...string) string {

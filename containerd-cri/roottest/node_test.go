@@ -69,6 +69,10 @@ func outside() (err error) {
 	if err != nil {
 		return err
 	}
+	images, err := env("PODMIG_IMAGES", "../../.build/images")
+	if err != nil {
+		return err
+	}
 	base, err := os.MkdirTemp("/var/tmp", "podmig-roottest-")
 	if err != nil {
 		return err
@@ -97,7 +101,7 @@ func outside() (err error) {
 		return err
 	}
 	cmd := exec.Command(self, os.Args[1:]...)
-	cmd.Env = append(os.Environ(), stageEnv+"=mount", "ROOTTEST_BASE="+base, "ROOTTEST_ROOTFS="+rootfs, "ROOTTEST_BIN="+bin)
+	cmd.Env = append(os.Environ(), stageEnv+"=mount", "ROOTTEST_BASE="+base, "ROOTTEST_ROOTFS="+rootfs, "ROOTTEST_BIN="+bin, "ROOTTEST_IMAGES="+images)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.ExtraFiles = []*os.File{ready}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
@@ -229,6 +233,7 @@ func enterNode() error {
 		{"tmp", merged + "/tmp", "tmpfs", 0, ""},
 		{base + "/containerd", merged + "/var/lib/containerd", "", unix.MS_BIND, ""},
 		{bin, merged + "/opt/bin", "", unix.MS_BIND, ""},
+		{os.Getenv("ROOTTEST_IMAGES"), merged + "/opt/images", "", unix.MS_BIND, ""},
 		{self, merged + "/roottest", "", unix.MS_BIND, ""},
 		{base + "/workload", merged + "/workload", "", unix.MS_BIND, ""},
 		{"cgroup", merged + "/sys/fs/cgroup", "tmpfs", 0, "mode=755"},

@@ -193,7 +193,7 @@ func (s *Service) openRestore(r *restoreSession) error {
 }
 
 func (s *Service) receive(r *restoreSession, conn net.Conn) error {
-	sink := newRestoreSink(r)
+	sink := newRestoreSink(r, s.c.FreeMemory)
 	defer sink.abort()
 	res, err := checkpoint.Read(conn, r.ID, sink, checkpoint.Limits{})
 	if err != nil {

@@ -38,6 +38,9 @@ type Config struct {
 	RuntimeName, RuntimeVersion string
 	// CRIUOptions is the content of CRIU's configuration file for restores.
 	CRIUOptions string
+	// FreeMemory returns the memory that is left on the node; default what the kernel
+	// says.
+	FreeMemory func() (uint64, error)
 	// ConnectTimeout is how long a stream waits for its reader or writer before the
 	// session is collected; default ten minutes.
 	ConnectTimeout time.Duration
@@ -71,6 +74,9 @@ const (
 func New(ctx context.Context, c Config) (*Service, error) {
 	if c.ConnectTimeout == 0 {
 		c.ConnectTimeout = connectTimeout
+	}
+	if c.FreeMemory == nil {
+		c.FreeMemory = freeMemory
 	}
 	s := &Service{c: c, checkpoints: map[string]*checkpointSession{}, restores: map[string]*restoreSession{}}
 	for _, d := range []string{c.Dir, s.dir(sideCheckpoint), s.dir(sideRestore)} {

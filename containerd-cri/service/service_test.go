@@ -2,6 +2,7 @@ package service
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -13,7 +14,9 @@ import (
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	"podmig.dev/podmig/containerd-cri/runtime"
 	"podmig.dev/podmig/containerd-cri/runtime/criu"
@@ -26,6 +29,8 @@ import (
 type world struct {
 	dir string
 	rt  fake.Runtime
+	// free is the memory of the node; 0 means enough.
+	free uint64
 
 	mu         sync.Mutex
 	containers map[string]Container
@@ -109,7 +114,13 @@ func (w *world) pod(t *testing.T, n int, state State) migrationtest.Pod {
 
 func (w *world) serve(t *testing.T) (*Service, migration.MigrationServiceClient) {
 	t.Helper()
-	s, err := New(t.Context(), Config{Dir: filepath.Join(w.dir, "s"), Containers: w, Runtime: &w.rt, Scratch: Dir{}, CheckImages: func(string, criu.Confinement) error { return nil }, RuntimeName: "test", RuntimeVersion: "1"})
+	s, err := New(t.Context(), Config{Dir: filepath.Join(w.dir, "s"), Containers: w, Runtime: &w.rt, Scratch: Dir{}, CheckImages: func(string, criu.Confinement) error { return nil }, RuntimeName: "test", RuntimeVersion: "1",
+		FreeMemory: func() (uint64, error) {
+			if w.free != 0 {
+				return w.free, nil
+			}
+			return 1 << 40, nil
+		}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,25 +172,8 @@ func TestRestart(t *testing.T) {
 	first, c1 := w.serve(t)
 	p, q := w.pod(t, 2, StateRunning), w.pod(t, 2, StateCreated)
 	ctx := t.Context()
-	prepare := &migration.PrepareCheckpointRequest{SessionId: "s", PodSandboxId: p.SandboxID, Containers: p.Containers, Volumes: p.Volumes, StreamVersion: 1}
-	pc, err := c1.PrepareCheckpoint(ctx, prepare)
-	if err != nil {
-		t.Fatal(err)
-	}
-	restore := &migration.PrepareRestoreRequest{SessionId: "s", PodSandboxId: q.SandboxID, Volumes: q.Volumes, StreamVersion: 1}
-	for _, c := range q.Containers {
-		restore.Containers = append(restore.Containers, &migration.RestoreTarget{ContainerId: c.ContainerId, Name: c.Name})
-	}
-	pr, err := c1.PrepareRestore(ctx, restore)
-	if err != nil {
-		t.Fatal(err)
-	}
-	join(t, pc.StreamAddress, pr.StreamAddress)
-	if _, err := c1.FreezeCheckpoint(ctx, &migration.FreezeCheckpointRequest{SessionId: "s"}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := c1.VerifyRestore(ctx, &migration.VerifyRestoreRequest{SessionId: "s"}); err != nil {
-		t.Fatal(err)
+	if freeze, verify := w.transfer(t, c1, "s", p, q); freeze != nil || verify != nil {
+		t.Fatal(freeze, verify)
 	}
 	first.Close()
 
@@ -203,6 +197,120 @@ func TestRestart(t *testing.T) {
 	}
 	if _, err := c2.FinishRestore(ctx, &migration.FinishRestoreRequest{SessionId: "s"}); err != nil {
 		t.Error(err)
+	}
+}
+
+// transfer prepares both sides of a session, freezes and returns the verdict of
+// the target.
+func (w *world) transfer(t *testing.T, c migration.MigrationServiceClient, id string, p, q migrationtest.Pod) (freeze, verify error) {
+	t.Helper()
+	pc, err := c.PrepareCheckpoint(t.Context(), &migration.PrepareCheckpointRequest{SessionId: id, PodSandboxId: p.SandboxID, Containers: p.Containers, Volumes: p.Volumes, StreamVersion: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	restore := &migration.PrepareRestoreRequest{SessionId: id, PodSandboxId: q.SandboxID, Volumes: q.Volumes, StreamVersion: 1}
+	for _, c := range q.Containers {
+		restore.Containers = append(restore.Containers, &migration.RestoreTarget{ContainerId: c.ContainerId, Name: c.Name})
+	}
+	pr, err := c.PrepareRestore(t.Context(), restore)
+	if err != nil {
+		t.Fatal(err)
+	}
+	join(t, pc.StreamAddress, pr.StreamAddress)
+	_, freeze = c.FreezeCheckpoint(t.Context(), &migration.FreezeCheckpointRequest{SessionId: id})
+	_, verify = c.VerifyRestore(t.Context(), &migration.VerifyRestoreRequest{SessionId: id})
+	return freeze, verify
+}
+
+// TestErrors: every failure below has its code, and the session ends well.
+func TestErrors(t *testing.T) {
+	for _, tc := range []struct {
+		name           string
+		change         func(*world, migrationtest.Pod)
+		freeze, verify codes.Code
+	}{
+		{"the freeze fails", func(w *world, _ migrationtest.Pod) { w.failAt("Freeze", context.DeadlineExceeded) }, codes.DeadlineExceeded, codes.DataLoss},
+		{"the dump fails", func(w *world, _ migrationtest.Pod) { w.failAt("Dump", errors.New("criu: no")) }, codes.Unknown, codes.DataLoss},
+		{"the node has no memory", func(w *world, _ migrationtest.Pod) { w.free = 1 << 20 }, codes.OK, codes.ResourceExhausted},
+		{"another image", func(w *world, q migrationtest.Pod) {
+			c := w.containers[q.Containers[0].ContainerId]
+			c.ImageID = "sha256:2"
+			w.containers[c.ID] = c
+		}, codes.OK, codes.FailedPrecondition},
+		{"a writable layer that is gone", func(w *world, q migrationtest.Pod) { os.RemoveAll(w.containers[q.Containers[0].ContainerId].UpperDir) }, codes.OK, codes.Unknown},
+		{"a log that is a link", func(w *world, q migrationtest.Pod) {
+			if err := os.Symlink("/etc/passwd", w.containers[q.Containers[0].ContainerId].LogPath); err != nil {
+				panic(err)
+			}
+		}, codes.OK, codes.Unknown},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := newWorld(t)
+			_, client := w.serve(t)
+			p, q := w.pod(t, 2, StateRunning), w.pod(t, 2, StateCreated)
+			tc.change(w, q)
+			freeze, verify := w.transfer(t, client, "s", p, q)
+			// A target that refuses early may break the stream.
+			if got := status.Code(freeze); got != tc.freeze && (tc.verify == codes.DataLoss || got != codes.Unknown) {
+				t.Errorf("freeze: %v", freeze)
+			}
+			if status.Code(verify) != tc.verify {
+				t.Errorf("verify: %v", verify)
+			}
+			w.rt.Fail = nil
+			if _, err := client.FinishCheckpoint(t.Context(), &migration.FinishCheckpointRequest{SessionId: "s", Outcome: migration.Outcome_OUTCOME_RESUME}); err != nil {
+				t.Error(err)
+			}
+			if _, err := client.FinishRestore(t.Context(), &migration.FinishRestoreRequest{SessionId: "s"}); err != nil {
+				t.Error(err)
+			}
+			for _, c := range p.Containers {
+				if _, err := w.rt.Count(c.ContainerId); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+}
+
+func (w *world) failAt(method string, err error) {
+	w.rt.Fail = func(_ context.Context, m string) error {
+		if m == method {
+			return err
+		}
+		return nil
+	}
+}
+
+// TestCollect: sessions that nobody connected to, or whose containers are gone, end
+// by themselves.
+func TestCollect(t *testing.T) {
+	w := newWorld(t)
+	s, client := w.serve(t)
+	p, q := w.pod(t, 1, StateRunning), w.pod(t, 1, StateCreated)
+	if freeze, verify := w.transfer(t, client, "gone", p, q); freeze != nil || verify != nil {
+		t.Fatal(freeze, verify)
+	}
+	s.collect(t.Context())
+	if len(s.checkpoints) != 1 || len(s.restores) != 1 {
+		t.Errorf("%d and %d sessions", len(s.checkpoints), len(s.restores))
+	}
+	w.mu.Lock()
+	clear(w.containers)
+	w.mu.Unlock()
+	p = w.pod(t, 1, StateRunning)
+	if _, err := client.PrepareCheckpoint(t.Context(), &migration.PrepareCheckpointRequest{SessionId: "idle", PodSandboxId: p.SandboxID, Containers: p.Containers, StreamVersion: 1}); err != nil {
+		t.Fatal(err)
+	}
+	s.c.ConnectTimeout = 0
+	s.collect(t.Context())
+	if len(s.checkpoints) != 0 || len(s.restores) != 0 {
+		t.Errorf("%d and %d sessions are left", len(s.checkpoints), len(s.restores))
+	}
+	for _, side := range []string{"c", "r"} {
+		if left, _ := os.ReadDir(filepath.Join(w.dir, "s", side)); len(left) != 0 {
+			t.Errorf("%d directories are left", len(left))
+		}
 	}
 }
 

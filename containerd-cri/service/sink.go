@@ -1,9 +1,14 @@
 package service
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"podmig.dev/podmig/containerd-cri/checkpoint"
 	"podmig.dev/podmig/containerd-cri/checkpoint/tree"
@@ -20,10 +25,13 @@ type restoreSink struct {
 	open map[checkpoint.PartSink]func()
 	// pages are the stores of memory by container.
 	pages map[string][]*criu.Store
+	// granted is how many bytes may come before free is asked again.
+	granted int
+	free    func() (uint64, error)
 }
 
-func newRestoreSink(r *restoreSession) *restoreSink {
-	return &restoreSink{r: r, seen: map[checkpoint.Part]bool{}, open: map[checkpoint.PartSink]func(){}, pages: map[string][]*criu.Store{}}
+func newRestoreSink(r *restoreSession, free func() (uint64, error)) *restoreSink {
+	return &restoreSink{r: r, seen: map[checkpoint.Part]bool{}, open: map[checkpoint.PartSink]func(){}, pages: map[string][]*criu.Store{}, free: free}
 }
 
 func (k *restoreSink) container(name string) *Container {
@@ -42,7 +50,71 @@ func (k *restoreSink) Begin(p checkpoint.Part) (checkpoint.PartSink, error) {
 		return nil, err
 	}
 	k.seen[p] = true
+	if p.Kind == checkpoint.KindImage || p.Kind == checkpoint.KindPages {
+		return &inMemory{PartSink: sink, k: k}, nil
+	}
 	return sink, nil
+}
+
+// The node's free memory is looked at once per memoryStep bytes, and memoryReserve
+// is left to others.
+const (
+	memoryStep    = 32 << 20
+	memoryReserve = 128 << 20
+)
+
+// inMemory refuses a checkpoint before it drives the node out of memory: files in
+// memory can not be given back by the kernel.
+type inMemory struct {
+	checkpoint.PartSink
+	k *restoreSink
+}
+
+// Data implements checkpoint.PartSink.
+func (m *inMemory) Data(off int64, b []byte) error {
+	if err := m.k.take(len(b)); err != nil {
+		return err
+	}
+	return m.PartSink.Data(off, b)
+}
+
+// Pages implements checkpoint.PartSink.
+func (m *inMemory) Pages(round uint32, addr uint64, count uint32, b []byte) error {
+	if err := m.k.take(len(b)); err != nil {
+		return err
+	}
+	return m.PartSink.Pages(round, addr, count, b)
+}
+
+func (k *restoreSink) take(n int) error {
+	k.granted -= n
+	if k.granted >= 0 {
+		return nil
+	}
+	free, err := k.free()
+	if err != nil {
+		return err
+	}
+	if free < memoryReserve+memoryStep {
+		return fmt.Errorf("%d MiB of memory are left on this node, the checkpoint needs more: %w", free>>20, unix.ENOMEM)
+	}
+	k.granted = memoryStep
+	return nil
+}
+
+// freeMemory returns what the kernel could give without swapping.
+func freeMemory() (uint64, error) {
+	b, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(b)) {
+		if rest, ok := strings.CutPrefix(line, "MemAvailable:"); ok {
+			n, err := strconv.ParseUint(strings.Fields(rest)[0], 10, 64)
+			return n << 10, err
+		}
+	}
+	return 0, errors.New("/proc/meminfo does not tell the available memory")
 }
 
 func (k *restoreSink) begin(p checkpoint.Part) (checkpoint.PartSink, error) {

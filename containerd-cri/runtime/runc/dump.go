@@ -43,7 +43,7 @@ func (r *Runtime) Dump(ctx context.Context, c runtime.Container, dir string, out
 		}
 	}
 	conf := filepath.Join(dir, "criu.conf")
-	if err := os.WriteFile(conf, []byte(CRIUOptions), 0o600); err != nil {
+	if err := os.WriteFile(conf, []byte(dumpOptions), 0o600); err != nil {
 		return res, err
 	}
 	start := time.Now()
