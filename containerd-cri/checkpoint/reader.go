@@ -267,7 +267,7 @@ func (r *reader) data(p *openPart, b []byte) error {
 	if err := r.count(int(n)); err != nil {
 		return err
 	}
-	p.hash.Write(b)
+	hashFrame(p.hash, p.part.Kind, b[:dataHeader], b[dataHeader:])
 	p.bytes += n
 	return p.sink.Data(int64(off), b[dataHeader:])
 }
@@ -305,7 +305,7 @@ func (r *reader) pages(p *openPart, b []byte) error {
 	if err := r.count(len(data)); err != nil {
 		return err
 	}
-	p.hash.Write(b)
+	hashFrame(p.hash, p.part.Kind, b[:pagesHeader], data)
 	p.bytes += uint64(len(data))
 	if want == 0 {
 		data = nil

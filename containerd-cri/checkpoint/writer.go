@@ -210,8 +210,7 @@ func (p *PartWriter) pagesHead(round uint32, addr uint64, count, flags uint32) {
 }
 
 func (p *PartWriter) payload(typ frameType, head, body []byte) error {
-	p.hash.Write(head)
-	p.hash.Write(body)
+	hashFrame(p.hash, p.part.Kind, head, body)
 	p.bytes += uint64(len(body))
 	return p.w.frame(typ, p.id, head, body)
 }

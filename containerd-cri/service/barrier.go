@@ -1,0 +1,178 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// barrierTimeout bounds how long a restored container waits for the others.
+const barrierTimeout = 2 * time.Minute
+
+// barrier keeps the processes of a pod's containers from running until all containers
+// are restored. Without it the first one would go on while CRIU still compares the
+// files of the second with what they were at the freeze, and a container that cannot
+// be restored would be noticed when others have run already.
+//
+// CRIU calls a script when everything is restored and nothing runs yet. The script
+// waits at a pipe of this process; if this process ends, so does the restore.
+type barrier struct {
+	mu      sync.Mutex
+	missing map[string]bool // by container ID
+	err     error
+	// passed is closed when the last container is there, or when err is set.
+	passed chan struct{}
+}
+
+func newBarrier(cs []Container) *barrier {
+	b := &barrier{missing: map[string]bool{}, passed: make(chan struct{})}
+	for _, c := range cs {
+		b.missing[c.ID] = true
+	}
+	return b
+}
+
+// arrive notes that a container is restored.
+func (b *barrier) arrive(id string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.missing, id)
+	if len(b.missing) == 0 {
+		b.end(nil)
+	}
+}
+
+// abort lets none of the containers run. After the last one has arrived it has no effect.
+func (b *barrier) abort(err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.end(err)
+}
+
+func (b *barrier) end(err error) {
+	select {
+	case <-b.passed:
+	default:
+		b.err = err
+		close(b.passed)
+	}
+}
+
+// verdict is why nothing may run, once that is known.
+func (b *barrier) verdict() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.err
+}
+
+// gate is where one container waits.
+type gate struct {
+	b *barrier
+	// script is what CRIU has to call.
+	script *os.File
+	// readyOut and goIn are opened by the script, by their names in /proc.
+	readyIn, readyOut, goIn, goOut *os.File
+	watch                          sync.WaitGroup
+}
+
+// gate returns the gate of one container. restored is called when it is restored.
+func (b *barrier) gate(ctx context.Context, id string, restored func()) (_ *gate, err error) {
+	g := &gate{b: b}
+	defer func() {
+		if err != nil {
+			g.close()
+		}
+	}()
+	if g.readyIn, g.readyOut, err = os.Pipe(); err != nil {
+		return nil, err
+	}
+	if g.goIn, g.goOut, err = os.Pipe(); err != nil {
+		return nil, err
+	}
+	// A file in memory: the directories of sessions may be mounted noexec.
+	fd, err := unix.MemfdCreate("podmig-barrier", unix.MFD_CLOEXEC|unix.MFD_EXEC)
+	if errors.Is(err, unix.EINVAL) {
+		fd, err = unix.MemfdCreate("podmig-barrier", unix.MFD_CLOEXEC)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("script of the restore: %w", err)
+	}
+	path := own(fd)
+	// It must not be open for writing when it is called.
+	w := os.NewFile(uintptr(fd), "script")
+	defer w.Close()
+	text := fmt.Sprintf("#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = post-restore ] || exit 0\necho ready >%s && read -r answer <%s && [ \"$answer\" = go ]\n",
+		own(int(g.readyOut.Fd())), own(int(g.goIn.Fd())))
+	if _, err := w.WriteString(text); err != nil {
+		return nil, fmt.Errorf("script of the restore: %w", err)
+	}
+	if g.script, err = os.Open(path); err != nil {
+		return nil, fmt.Errorf("script of the restore: %w", err)
+	}
+	g.watch.Go(func() {
+		ctx, cancel := context.WithTimeout(ctx, barrierTimeout)
+		defer cancel()
+		defer context.AfterFunc(ctx, func() { b.abort(fmt.Errorf("the other containers were not restored in time: %w", ctx.Err())) })()
+		defer g.goOut.Close()
+		if _, err := g.readyIn.Read(make([]byte, 1)); err != nil {
+			return // Closed: the restore has ended.
+		}
+		restored()
+		b.arrive(id)
+		<-b.passed
+		if b.verdict() == nil {
+			// The script is gone if the container has failed meanwhile.
+			_, _ = g.goOut.WriteString("go\n")
+		}
+	})
+	return g, nil
+}
+
+// own is the name under which others find a file that this process has open.
+func own(fd int) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd) }
+
+// options are what CRIU has to be told.
+func (g *gate) options() string { return "action-script " + own(int(g.script.Fd())) + "\n" }
+
+// finish ends the gate when CRIU has ended, with what came out, and says why the
+// container does not run if that was not its own fault.
+func (g *gate) finish(c *Container, err error) error {
+	others := g.b.verdict()
+	if err != nil {
+		g.b.abort(fmt.Errorf("container %s: %w", c.Name, err))
+	} else {
+		// Of a restore that needed no CRIU nobody has heard yet.
+		g.b.arrive(c.ID)
+	}
+	g.close()
+	if err != nil && others != nil {
+		return fmt.Errorf("nothing was resumed, since not all containers could be restored: %w", others)
+	}
+	return err
+}
+
+func (g *gate) close() {
+	for _, f := range []*os.File{g.readyIn, g.readyOut, g.goIn, g.script} {
+		if f != nil {
+			_ = f.Close()
+		}
+	}
+	if g.goOut != nil && g.script == nil {
+		_ = g.goOut.Close()
+	}
+	g.watch.Wait()
+}
+
+// withGate adds the gate to CRIU's options.
+func withGate(options string, g *gate) string {
+	if g == nil {
+		return options
+	}
+	return strings.TrimSuffix(options, "\n") + "\n" + g.options()
+}
