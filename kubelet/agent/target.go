@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
 	v1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
@@ -627,7 +628,9 @@ func (t *target) restore(ctx context.Context) {
 	resumed := make([]int64, len(id.Containers))
 	for i, c := range id.Containers {
 		g.Go(func() error {
-			resp, err := t.a.cfg.Runtime.RestoreContainer(ctx, &cri.RestoreContainerRequest{SessionId: id.Session, ContainerId: c.ID})
+			// A runtime that is just being restarted knows the session when it is back; the
+			// engine's deadline bounds the wait.
+			resp, err := t.a.cfg.Runtime.RestoreContainer(ctx, &cri.RestoreContainerRequest{SessionId: id.Session, ContainerId: c.ID}, grpc.WaitForReady(true))
 			if err != nil {
 				return fmt.Errorf("container %q: %s", c.Name, message(err))
 			}
