@@ -30,7 +30,7 @@ nft list tables | list rules
 find /var/lib/kubelet/migrations -type f ! -name '.*' 2>/dev/null | list record
 find /run/containerd/io.containerd.grpc.v1.podmig-migration -mindepth 2 | list session
 find /run/containerd/io.containerd.runtime.v2.task /run/containerd/runc -mindepth 2 -maxdepth 2 2>/dev/null | list task
-find /var/lib/kubelet/pods /var/log/pods -mindepth 1 -maxdepth 1 | list pod
+find /var/lib/kubelet/pods -mindepth 1 -maxdepth 1 | list pod
 find /var/lib/cni/networks -type f -name '[0-9]*' | list address
 find /run/podmig-faults /dev/shm /tmp -mindepth 1 | list temporary
 echo end`
