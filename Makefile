@@ -111,10 +111,14 @@ SIZES ?= 0,100,250,500,1000,2500
 REPETITIONS ?= 5
 
 .PHONY: demo bench
-demo: image ## Start a cluster of two nodes here, move a redis with a million keys, show what survived
+demo: build ## Start a cluster of two nodes here, move a redis with a million keys, show what survived
+	@.build/bin/nodeimage rootfs
+	@.build/bin/mkimage pause coredns redis
 	@.build/bin/demo
 
-bench: image ## Time moves beside delete and recreate and beside bare CRIU: [SIZES=0,500] [REPETITIONS=5]
+bench: build ## Time moves beside delete and recreate and beside bare CRIU: [SIZES=0,500] [REPETITIONS=5]
+	@.build/bin/nodeimage rootfs
+	@.build/bin/mkimage pause coredns ballast
 	@go build -trimpath -o .build/bench/ballast ./cluster-setup/images/ballast
 	@.build/bin/migration-bench --sizes $(SIZES) --repetitions $(REPETITIONS)
 

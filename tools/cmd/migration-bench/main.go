@@ -104,9 +104,9 @@ func provide(ctx context.Context, o bench.Options, existing string) (*cluster.Cl
 		c, err := cluster.Load(existing)
 		return c, func() error { return nil }, err
 	}
-	images, err := filepath.Glob(".build/images/*.tar")
-	if err != nil {
-		return nil, nil, err
+	var images []string
+	for _, name := range []string{"pause", "coredns", "ballast"} {
+		images = append(images, filepath.Join(".build/images", name+".tar"))
 	}
 	co := cluster.Options{
 		Name: "bench", Dir: ".build/cluster/bench", Bin: ".build/bin", RootFS: ".build/image/rootfs",
