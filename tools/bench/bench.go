@@ -165,10 +165,10 @@ func (m *mover) move(ctx context.Context) (*Move, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := m.client.after(ctx, time.Now()); err != nil {
+	if err := m.client.gap.After(ctx, time.Now()); err != nil {
 		return nil, fmt.Errorf("the pod does not answer: %w", err)
 	}
-	m.client.longest()
+	m.client.gap.Longest()
 
 	m.moves++
 	next := fmt.Sprintf("%s-%d", m.prefix, m.moves)
@@ -187,10 +187,10 @@ func (m *mover) move(ctx context.Context) (*Move, error) {
 	if err := <-found; err != nil {
 		return nil, err
 	}
-	if err := m.client.after(ctx, time.Now()); err != nil {
+	if err := m.client.gap.After(ctx, time.Now()); err != nil {
 		return nil, fmt.Errorf("the moved pod does not answer: %w", err)
 	}
-	gap := m.client.longest()
+	gap := m.client.gap.Longest()
 	after, err := m.b.metrics(ctx, source, target)
 	if err != nil {
 		return nil, err
@@ -264,10 +264,10 @@ func (b *Bench) recreate(ctx context.Context, mb, i int) (time.Duration, error) 
 	if err := c.ask(cctx, address(p.Status.PodIP)); err != nil {
 		return 0, err
 	}
-	if err := c.after(ctx, time.Now()); err != nil {
+	if err := c.gap.After(ctx, time.Now()); err != nil {
 		return 0, err
 	}
-	c.longest()
+	c.gap.Longest()
 	watching, stop := context.WithCancel(ctx)
 	defer stop()
 	found := make(chan error, 1)
@@ -284,10 +284,10 @@ func (b *Bench) recreate(ctx context.Context, mb, i int) (time.Duration, error) 
 	if err := <-found; err != nil {
 		return 0, err
 	}
-	if err := c.after(ctx, time.Now()); err != nil {
+	if err := c.gap.After(ctx, time.Now()); err != nil {
 		return 0, err
 	}
-	gap := c.longest()
+	gap := c.gap.Longest()
 	return gap, b.kit.Delete(ctx, name)
 }
 

@@ -121,16 +121,16 @@ func TestClientSeesTheGap(t *testing.T) {
 			t.Fatal(err)
 		}
 		time.Sleep(100 * time.Millisecond)
-		if g := c.longest(); g > 2*time.Millisecond {
+		if g := c.gap.Longest(); g > 2*time.Millisecond {
 			t.Errorf("gap of %s while the server answered", g)
 		}
 		open["old"] = false
 		time.Sleep(time.Second)
 		open["new"] = true
-		if err := c.after(ctx, time.Now()); err != nil {
+		if err := c.gap.After(ctx, time.Now()); err != nil {
 			t.Fatal(err)
 		}
-		if g := c.longest(); g < time.Second || g > 1010*time.Millisecond {
+		if g := c.gap.Longest(); g < time.Second || g > 1010*time.Millisecond {
 			t.Errorf("gap of %s, want about a second", g)
 		}
 		c.close()

@@ -5,6 +5,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"podmig.dev/podmig/cluster-setup/kit"
 )
 
 // interval is how often the client asks each address.
@@ -14,14 +16,10 @@ const interval = time.Millisecond
 type client struct {
 	dial func(ctx context.Context, network, address string) (net.Conn, error)
 
-	mu sync.Mutex
-	// longest time between two answers, and when it ended.
-	gap time.Duration
-	// last answer; zero until the first.
-	last    time.Time
-	answers uint64
-	asked   map[string]bool
-	changed chan struct{}
+	gap *kit.Gap
+
+	mu    sync.Mutex
+	asked map[string]bool
 
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
@@ -29,7 +27,7 @@ type client struct {
 
 func newClient(ctx context.Context, dial func(context.Context, string, string) (net.Conn, error)) (*client, context.Context) {
 	ctx, cancel := context.WithCancel(ctx)
-	return &client{dial: dial, asked: make(map[string]bool), changed: make(chan struct{}, 1), cancel: cancel}, ctx
+	return &client{dial: dial, gap: kit.NewGap(), asked: make(map[string]bool), cancel: cancel}, ctx
 }
 
 // ask begins to ask an address; one that is asked already is left as it is.
@@ -67,53 +65,13 @@ func (c *client) ask(ctx context.Context, address string) error {
 		buffer := make([]byte, 256)
 		for {
 			if _, err := conn.Read(buffer); err == nil {
-				c.answered(time.Now())
+				c.gap.Answered()
 			} else if ctx.Err() != nil {
 				return
 			}
 		}
 	}()
 	return nil
-}
-
-func (c *client) answered(now time.Time) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.answers++
-	if d := now.Sub(c.last); !c.last.IsZero() && d > c.gap {
-		c.gap = d
-	}
-	c.last = now
-	select {
-	case c.changed <- struct{}{}:
-	default:
-	}
-}
-
-// after waits for an answer that came after the given time.
-func (c *client) after(ctx context.Context, t time.Time) error {
-	for {
-		c.mu.Lock()
-		ok := c.last.After(t)
-		c.mu.Unlock()
-		if ok {
-			return nil
-		}
-		select {
-		case <-c.changed:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-}
-
-// longest returns the longest gap since the last call and forgets it.
-func (c *client) longest() time.Duration {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	g := c.gap
-	c.gap = 0
-	return g
 }
 
 func (c *client) close() {

@@ -127,8 +127,8 @@ func show(ctx context.Context, out io.Writer, k *kit.Kit) error {
 	w := watch(ctx, k)
 	defer w.close()
 	w.ask(p.Status.PodIP)
-	if err := w.answerAfter(ctx, time.Now()); err != nil {
-		return err
+	if err := w.gap.After(ctx, time.Now()); err != nil {
+		return fmt.Errorf("redis does not answer: %w", err)
 	}
 	looking, stop := context.WithCancel(ctx)
 	defer stop()
@@ -136,20 +136,20 @@ func show(ctx context.Context, out io.Writer, k *kit.Kit) error {
 	go func() {
 		found <- k.NewAddresses(looking, "node2", func(ip string) error { w.ask(ip); return nil })
 	}()
-	w.reset()
+	w.gap.Longest()
 	start := time.Now()
 	if _, err := k.Move(ctx, "redis", clone.Options{Name: "redis-moved", Node: "node2"}); err != nil {
 		return err
 	}
 	total := time.Since(start)
-	if err := w.answerAfter(ctx, time.Now()); err != nil {
-		return err
+	if err := w.gap.After(ctx, time.Now()); err != nil {
+		return fmt.Errorf("redis does not answer: %w", err)
 	}
 	stop()
 	if err := <-found; err != nil {
 		return err
 	}
-	gap := w.longest()
+	gap := w.gap.Longest()
 	if _, err := k.WaitRunning(ctx, "redis-moved"); err != nil {
 		return err
 	}
@@ -218,16 +218,12 @@ type watcher struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
-
-	mu      sync.Mutex
-	last    time.Time
-	gap     time.Duration
-	changed chan struct{}
+	gap    *kit.Gap
 }
 
 func watch(ctx context.Context, k *kit.Kit) *watcher {
 	ctx, cancel := context.WithCancel(ctx)
-	return &watcher{k: k, ctx: ctx, cancel: cancel, changed: make(chan struct{}, 1)}
+	return &watcher{k: k, ctx: ctx, cancel: cancel, gap: kit.NewGap()}
 }
 
 func (w *watcher) close() {
@@ -274,51 +270,12 @@ func (w *watcher) converse(address string) {
 			return
 		}
 		if strings.HasPrefix(line, "+PONG") {
-			w.answered(time.Now())
+			w.gap.Answered()
 		}
 		select {
 		case <-w.ctx.Done():
 			return
 		case <-time.After(time.Millisecond):
-		}
-	}
-}
-
-func (w *watcher) answered(now time.Time) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if d := now.Sub(w.last); !w.last.IsZero() && d > w.gap {
-		w.gap = d
-	}
-	w.last = now
-	select {
-	case w.changed <- struct{}{}:
-	default:
-	}
-}
-
-func (w *watcher) reset() { w.longest() }
-
-func (w *watcher) longest() time.Duration {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	g := w.gap
-	w.gap = 0
-	return g
-}
-
-func (w *watcher) answerAfter(ctx context.Context, t time.Time) error {
-	for {
-		w.mu.Lock()
-		ok := w.last.After(t)
-		w.mu.Unlock()
-		if ok {
-			return nil
-		}
-		select {
-		case <-w.changed:
-		case <-ctx.Done():
-			return fmt.Errorf("redis does not answer: %w", ctx.Err())
 		}
 	}
 }
