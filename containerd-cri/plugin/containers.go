@@ -177,12 +177,17 @@ func (c *containers) Start(ctx context.Context, id string, r service.Restore) er
 		return fmt.Errorf("prepare the container: %w", err)
 	}
 	_, err = c.cri.StartContainer(startFrom(ctx, id, r), &cri.StartContainerRequest{ContainerId: id})
-	if err != nil {
-		if lines := runc.LogErrors(filepath.Join(r.Work, "restore.log")); lines != "" {
-			err = fmt.Errorf("%w; criu: %s", err, lines)
-		}
+	if err == nil {
+		return nil
 	}
-	return err
+	if lines := runc.LogErrors(filepath.Join(r.Work, "restore.log")); lines != "" {
+		err = fmt.Errorf("%w; criu: %s", err, lines)
+	}
+	// The CRI service deletes the task after a failed start, but gives up when its
+	// shim does not answer. What counts is that no process exists.
+	kctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+	defer cancel()
+	return errors.Join(err, runc.KillAll(kctx, id))
 }
 
 func annotate(key, value string) containerd.UpdateContainerOpts {

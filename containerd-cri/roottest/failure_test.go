@@ -336,6 +336,14 @@ func TestThreeContainers(t *testing.T) {
 		})
 	}
 	for i := range 3 {
+		eventually(t, "the containers have written", func() error {
+			for _, name := range []string{"a", "b"} {
+				if k, err := ask(src, name, "count"); err != nil || k < 30 {
+					return fmt.Errorf("%d ticks: %w", k, err)
+				}
+			}
+			return nil
+		})
 		shared, err := ask(src, "c", "count")
 		if err != nil {
 			t.Fatal(err)

@@ -159,6 +159,17 @@ func TestMoveCounter(t *testing.T) {
 		ticks = append(ticks, f[len(f)-1])
 	}
 	sequence(t, "log", ticks)
+	// The restored container is one like any other: it has statistics and stops.
+	stats, err := n.ContainerStats(t.Context(), &cri.ContainerStatsRequest{ContainerId: dst.ids["a"]})
+	if err != nil || stats.GetStats().GetMemory().GetWorkingSetBytes().GetValue() == 0 || stats.GetStats().GetCpu().GetUsageCoreNanoSeconds().GetValue() == 0 {
+		t.Errorf("statistics after the restore: %v, %v", stats.GetStats(), err)
+	}
+	if _, err := n.StopContainer(t.Context(), &cri.StopContainerRequest{ContainerId: dst.ids["a"], Timeout: 1}); err != nil {
+		t.Error(err)
+	}
+	if s := dst.status("a"); s.State != cri.ContainerState_CONTAINER_EXITED {
+		t.Errorf("the restored container is %v after its stop", s.State)
+	}
 	eventually(t, "the source has ended", func() error {
 		if s := src.status("a"); s.State != cri.ContainerState_CONTAINER_EXITED || s.ExitCode != 137 {
 			return fmt.Errorf("%v, exit code %d", s.State, s.ExitCode)

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 	"sync"
 	"time"
 
@@ -167,12 +166,4 @@ func (g *gate) close() {
 		_ = g.goOut.Close()
 	}
 	g.watch.Wait()
-}
-
-// withGate adds the gate to CRIU's options.
-func withGate(options string, g *gate) string {
-	if g == nil {
-		return options
-	}
-	return strings.TrimSuffix(options, "\n") + "\n" + g.options()
 }

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"podmig.dev/podmig/containerd-cri/checkpoint"
+	"podmig.dev/podmig/containerd-cri/runtime"
 	"podmig.dev/podmig/containerd-cri/runtime/criu"
 	migration "podmig.dev/podmig/cri-api/migration/v1alpha1"
 )
@@ -54,8 +55,12 @@ type restoreSession struct {
 	mu       sync.Mutex
 	restored map[string]bool
 	calls    sync.WaitGroup
-	// firstDone is closed when the call for the first container has ended.
+	// barrier is nil until the first of several containers is restored.
+	barrier *barrier
+	// firstDone is closed when the first container is restored or its call has ended.
 	firstDone chan struct{}
+	firstOnce sync.Once
+	firstOK   bool // Valid when firstDone is closed.
 }
 
 func (r *restoreSession) containerIDs() []string {
@@ -310,12 +315,23 @@ func (s *Service) awaitFirst(ctx context.Context, r *restoreSession) error {
 		case <-r.ctx.Done():
 			return status.Errorf(codes.Aborted, "session %q was finished", r.ID)
 		}
-		c, err = s.c.Containers.Get(ctx, r.First)
+		if !r.firstOK {
+			return precondition("container %s, which brings the pod's IPC objects, was not restored", c.Name)
+		}
+		return nil
 	}
 	if err == nil && c.State != StateRunning {
 		err = precondition("container %s, which brings the pod's IPC objects, was not restored", c.Name)
 	}
 	return err
+}
+
+// endFirst says what became of the container with the IPC objects.
+func (r *restoreSession) endFirst(ok bool) {
+	r.firstOnce.Do(func() {
+		r.firstOK = ok
+		close(r.firstDone)
+	})
 }
 
 func (s *Service) restore(id string) (*restoreSession, error) {
@@ -375,30 +391,25 @@ func (s *Service) RestoreContainer(ctx context.Context, q *migration.RestoreCont
 	}
 	// One attempt: a failed restore leaves an exited container behind.
 	r.restored[c.ID] = true
+	if r.barrier == nil && len(r.Containers) > 1 {
+		r.barrier = newBarrier(r.Containers)
+	}
+	barrier := r.barrier
 	r.calls.Add(1)
 	r.mu.Unlock()
 	defer r.calls.Done()
 	if r.First == c.ID {
-		defer close(r.firstDone)
+		defer r.endFirst(false)
 	} else if r.First != "" {
 		if err := s.awaitFirst(ctx, r); err != nil {
+			barrier.abort(err)
 			return nil, toStatus(err)
 		}
 	}
 
 	work := filepath.Join(r.scratch(), "work-"+c.Name)
-	if err := os.MkdirAll(work, 0o700); err != nil {
-		return nil, toStatus(err)
-	}
-	conf := filepath.Join(r.scratch(), "criu.conf")
-	if err := os.WriteFile(conf, []byte(s.c.CRIUOptions), 0o600); err != nil {
-		return nil, toStatus(err)
-	}
 	start := time.Now()
-	err = s.c.Containers.Start(ctx, c.ID, Restore{
-		Images: r.images(c.Name), Work: work, Config: conf,
-		StartedAt: time.Unix(0, r.Manifest.Container(c.Name).StartedAt),
-	})
+	err = s.resume(ctx, r, c, barrier, work)
 	l := log.G(ctx).WithField("session", q.SessionId).WithField("container", c.ID)
 	if err != nil {
 		err = toStatus(fmt.Errorf("restore of container %s: %w", c.Name, err))
@@ -408,6 +419,61 @@ func (s *Service) RestoreContainer(ctx context.Context, q *migration.RestoreCont
 	now := time.Now()
 	l.WithField("duration", now.Sub(start)).Info("container restored")
 	return &migration.RestoreContainerResponse{ResumedAt: now.UnixNano(), RestoreDuration: int64(now.Sub(start))}, nil
+}
+
+// resume restores one container and returns when its processes run.
+func (s *Service) resume(ctx context.Context, r *restoreSession, c *Container, b *barrier, work string) (err error) {
+	options := s.c.CRIUOptions
+	if b != nil {
+		// The end of the session is one of the barrier only: a restore that has passed it is left to end.
+		waits, stop := context.WithCancel(ctx)
+		defer stop()
+		defer context.AfterFunc(r.ctx, stop)()
+		g, gerr := b.gate(waits, c.ID, func() {
+			if r.First == c.ID {
+				r.endFirst(true)
+			}
+		})
+		if gerr != nil {
+			b.abort(gerr)
+			return gerr
+		}
+		options += g.options()
+		defer func() { err = g.finish(c, err) }()
+	}
+	if err := os.MkdirAll(work, 0o700); err != nil {
+		return err
+	}
+	conf := filepath.Join(r.scratch(), "criu-"+c.Name+".conf")
+	if err := os.WriteFile(conf, []byte(options), 0o600); err != nil {
+		return err
+	}
+	// Cut off in the middle, a restore could still end with running processes after
+	// the caller was told that it failed. So it always runs to its end, and is undone
+	// when the caller did not wait for it.
+	whole, cancel := context.WithTimeout(context.WithoutCancel(ctx), restoreTimeout)
+	defer cancel()
+	err = s.c.Containers.Start(whole, c.ID, Restore{
+		Images: r.images(c.Name), Work: work, Config: conf,
+		StartedAt: time.Unix(0, r.Manifest.Container(c.Name).StartedAt),
+	})
+	if err == nil && ctx.Err() != nil {
+		err = s.undo(whole, c.ID, ctx.Err())
+	}
+	if err == nil && r.First == c.ID {
+		r.endFirst(true)
+	}
+	return err
+}
+
+// undo ends the processes of a container that was restored in vain.
+func (s *Service) undo(ctx context.Context, id string, cause error) error {
+	err := fmt.Errorf("the caller has gone, the container was stopped again: %w", cause)
+	c, gerr := s.c.Containers.Get(ctx, id)
+	if gerr != nil {
+		return errors.Join(err, gerr)
+	}
+	return errors.Join(err, s.c.Runtime.Kill(ctx, []runtime.Container{c.Container}))
 }
 
 // FinishRestore implements migration.MigrationServiceServer.

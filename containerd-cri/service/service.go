@@ -65,6 +65,7 @@ const (
 	finishTimeout  = 60 * time.Second
 	connectGrace   = 5 * time.Second
 	transferLimit  = 30 * time.Minute
+	restoreTimeout = 10 * time.Minute
 	collectPeriod  = time.Minute
 	connectTimeout = 10 * time.Minute
 )

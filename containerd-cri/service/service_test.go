@@ -29,6 +29,8 @@ import (
 type world struct {
 	dir string
 	rt  fake.Runtime
+	// starting is called at the start of a restore.
+	starting func(context.Context)
 	// free is the memory of the node; 0 means enough.
 	free uint64
 
@@ -70,7 +72,10 @@ func (w *world) Get(_ context.Context, id string) (Container, error) {
 }
 
 // Start implements Containers.
-func (w *world) Start(_ context.Context, id string, r Restore) error {
+func (w *world) Start(ctx context.Context, id string, r Restore) error {
+	if w.starting != nil {
+		w.starting(ctx)
+	}
 	if err := w.rt.Restore(id, r.Images); err != nil {
 		w.set(id, StateExited)
 		return err
@@ -279,6 +284,39 @@ func (w *world) failAt(method string, err error) {
 			return err
 		}
 		return nil
+	}
+}
+
+// TestCallerGone: a restore whose caller does not wait is not cut off, leaves no
+// process behind, and the end of the session waits for that.
+func TestCallerGone(t *testing.T) {
+	w := newWorld(t)
+	svc, client := w.serve(t)
+	p, q := w.pod(t, 1, StateRunning), w.pod(t, 1, StateCreated)
+	if freeze, verify := w.transfer(t, client, "s", p, q); freeze != nil || verify != nil {
+		t.Fatal(freeze, verify)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	w.starting = func(work context.Context) {
+		cancel()
+		if work.Err() != nil {
+			t.Error("the restore was cut off")
+		}
+	}
+	id := q.Containers[0].ContainerId
+	// Called directly: over a connection the news of the caller's end takes its time.
+	_, err := svc.RestoreContainer(ctx, &migration.RestoreContainerRequest{SessionId: "s", ContainerId: id})
+	if status.Code(err) != codes.Canceled {
+		t.Errorf("restore: %v", err)
+	}
+	if c, _ := w.Get(t.Context(), id); c.State != StateExited {
+		t.Errorf("container is %s", c.State)
+	}
+	if _, err := client.FinishRestore(t.Context(), &migration.FinishRestoreRequest{SessionId: "s"}); err != nil {
+		t.Error(err)
+	}
+	if _, err := client.FinishCheckpoint(t.Context(), &migration.FinishCheckpointRequest{SessionId: "s", Outcome: migration.Outcome_OUTCOME_RESUME}); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -329,3 +329,49 @@ func awaitExit(ctx context.Context, pidfd int) error {
 		}
 	}
 }
+
+// KillAll ends every process in the control groups of a container, also when its
+// first process is not known, and returns when there is none.
+func KillAll(ctx context.Context, id string) error {
+	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+		pids, err := processesOf(id)
+		if len(pids) == 0 || err != nil {
+			return err
+		}
+		for _, pid := range pids {
+			_ = unix.Kill(pid, unix.SIGKILL)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("processes %v of container %s do not end: %w", pids, id, ctx.Err())
+		case <-time.After(pause):
+		}
+	}
+}
+
+// processesOf finds the processes in control groups with the name of a container.
+func processesOf(id string) ([]int, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	var out []int
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		b, err := os.ReadFile(filepath.Join("/proc", e.Name(), "cgroup"))
+		if err != nil || !bytes.Contains(b, []byte(id)) {
+			continue
+		}
+		// A zombie keeps its groups until its parent asks for it.
+		if stat, err := os.ReadFile(filepath.Join("/proc", e.Name(), "stat")); err == nil {
+			if i := bytes.LastIndexByte(stat, ')'); i > 0 && bytes.HasPrefix(stat[i:], []byte(") Z")) {
+				continue
+			}
+		}
+		out = append(out, pid)
+	}
+	return out, nil
+}

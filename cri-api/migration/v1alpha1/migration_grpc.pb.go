@@ -90,7 +90,10 @@ type MigrationServiceClient interface {
 	// RestoreContainer resumes the processes of the checkpoint in one container of
 	// the session, which is RUNNING when the call returns OK. After an error no
 	// process of the checkpoint exists in the container. The calls for the containers
-	// of one session may run in parallel.
+	// of one session may run in parallel. A restore is never cut off: when the caller
+	// cancels the call or its deadline passes, it runs to its end and is undone, unless
+	// the runtime hears of it too late. FinishRestore waits for that; only then does
+	// the state of the container tell such a caller what became of it.
 	RestoreContainer(ctx context.Context, in *RestoreContainerRequest, opts ...grpc.CallOption) (*RestoreContainerResponse, error)
 	// FinishRestore releases everything that the session holds on the target. It
 	// neither stops nor removes containers. It is idempotent, also for a session the
@@ -235,7 +238,10 @@ type MigrationServiceServer interface {
 	// RestoreContainer resumes the processes of the checkpoint in one container of
 	// the session, which is RUNNING when the call returns OK. After an error no
 	// process of the checkpoint exists in the container. The calls for the containers
-	// of one session may run in parallel.
+	// of one session may run in parallel. A restore is never cut off: when the caller
+	// cancels the call or its deadline passes, it runs to its end and is undone, unless
+	// the runtime hears of it too late. FinishRestore waits for that; only then does
+	// the state of the container tell such a caller what became of it.
 	RestoreContainer(context.Context, *RestoreContainerRequest) (*RestoreContainerResponse, error)
 	// FinishRestore releases everything that the session holds on the target. It
 	// neither stops nor removes containers. It is idempotent, also for a session the
