@@ -121,8 +121,7 @@ func (p *program) accept(l net.Listener) error {
 }
 
 func (p *program) receive(conn net.Conn) {
-	first := true
-	for lines := bufio.NewScanner(conn); lines.Scan(); first = false {
+	for lines := bufio.NewScanner(conn); lines.Scan(); {
 		from, text, _ := strings.Cut(lines.Text(), " ")
 		n, err := strconv.ParseUint(text, 10, 64)
 		if err != nil {
@@ -134,7 +133,9 @@ func (p *program) receive(conn net.Conn) {
 			s = &series{}
 			p.received[from] = s
 		}
-		if first && n == s.Last {
+		// Also the other way round: what was read from a connection before it broke may be handled after what came on the
+		// new one.
+		if n == s.Last {
 			s.Resent++
 		} else {
 			s.take(n)
