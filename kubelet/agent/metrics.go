@@ -18,6 +18,8 @@ type Metrics struct {
 	Ended *metrics.CounterVec
 	// Bytes counts bytes of checkpoints, by direction.
 	Bytes *metrics.CounterVec
+	// Refused counts requests of other nodes that were answered no, by verb and code.
+	Refused *metrics.CounterVec
 	// Phase observes how long a phase took, in seconds.
 	Phase *metrics.HistogramVec
 }
@@ -41,6 +43,10 @@ func NewMetrics() *Metrics {
 			Subsystem: subsystem, Name: "checkpoint_bytes_total", StabilityLevel: metrics.ALPHA,
 			Help: "Bytes of checkpoints that crossed the network, by direction (sent or received).",
 		}, []string{"direction"}),
+		Refused: metrics.NewCounterVec(&metrics.CounterOpts{
+			Subsystem: subsystem, Name: "requests_refused_total", StabilityLevel: metrics.ALPHA,
+			Help: "Requests of other nodes that were answered no, by verb and code. Codes forbidden, unknown-caller and insecure deserve a look.",
+		}, []string{"verb", "code"}),
 		Phase: metrics.NewHistogramVec(&metrics.HistogramOpts{
 			Subsystem: subsystem, Name: "phase_duration_seconds", StabilityLevel: metrics.ALPHA, Buckets: buckets,
 			Help: "Duration of the phases of a migration. On the source: freeze (until every container stood still), dump (CRIU). On the target: create (sandbox, volumes, containers), final (from the request to freeze to the verified checkpoint), commit, restore, and frozen (from the request to freeze to the resumed clone).",
@@ -50,7 +56,7 @@ func NewMetrics() *Metrics {
 
 // All are the collectors to register.
 func (m *Metrics) All() []metrics.Registerable {
-	return []metrics.Registerable{m.Running, m.Ended, m.Bytes, m.Phase}
+	return []metrics.Registerable{m.Running, m.Ended, m.Bytes, m.Refused, m.Phase}
 }
 
 func (m *Metrics) sourceBegan() { m.Running.WithLabelValues("source").Inc() }

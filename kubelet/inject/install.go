@@ -34,6 +34,7 @@ import (
 	"podmig.dev/podmig/kubelet/guard"
 	"podmig.dev/podmig/kubelet/journal"
 	"podmig.dev/podmig/kubelet/peer"
+	"podmig.dev/podmig/kubelet/wire"
 )
 
 var once sync.Once
@@ -59,6 +60,7 @@ type injector struct {
 	client  *rest.Config
 	guard   *guard.Guard
 	agent   *agent.Agent
+	metrics *agent.Metrics
 	runtime cri.MigrationServiceClient
 	// containers is the runtime past the guard.
 	containers *containers
@@ -111,8 +113,8 @@ func (i *injector) attach(ctx context.Context, kl *kubelet.Kubelet, identity *tl
 	if err != nil {
 		return fmt.Errorf("read the deadlines: %w", err)
 	}
-	m := agent.NewMetrics()
-	for _, c := range m.All() {
+	i.metrics = agent.NewMetrics()
+	for _, c := range i.metrics.All() {
 		legacyregistry.MustRegister(c)
 	}
 	i.agent = agent.New(ctx, agent.Config{
@@ -122,7 +124,7 @@ func (i *injector) attach(ctx context.Context, kl *kubelet.Kubelet, identity *tl
 		Runtime:    i.runtime,
 		Journal:    j,
 		Guard:      i.guard,
-		Metrics:    m,
+		Metrics:    i.metrics,
 		Point:      faultPoint,
 		Deadlines:  limits,
 		DialStream: agent.DialStream,
@@ -185,7 +187,7 @@ func (i *injector) outdated(ctx context.Context, pod *v1.Pod, known *kubecontain
 }
 
 func (i *injector) handler(ctx context.Context, auth server.AuthInterface) http.Handler {
-	return peer.NewServer(ctx, i.agent, func(r *http.Request) (string, bool) {
+	s := peer.NewServer(ctx, i.agent, func(r *http.Request) (string, bool) {
 		// The filter in front has authenticated and authorised this request already and
 		// keeps to itself who it was.
 		info, ok, err := auth.AuthenticateRequest(r)
@@ -194,6 +196,10 @@ func (i *injector) handler(ctx context.Context, auth server.AuthInterface) http.
 		}
 		return info.User.GetName(), true
 	})
+	s.Refused = func(v wire.Verb, c wire.Code) {
+		i.metrics.Refused.WithLabelValues(string(v), string(c)).Inc()
+	}
+	return s
 }
 
 // nodeIdentity returns with which certificate the kubelet talks to the API server
