@@ -324,6 +324,13 @@ func (t *target) inspect(ctx context.Context) {
 func (t *target) stop(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, runtimeTimeout)
 	defer cancel()
+	// A restore that an earlier kubelet began may still be under way and would bring
+	// processes up after everything was found stopped. The end of the session waits for
+	// it and lets no other begin.
+	if _, err := t.a.cfg.Runtime.FinishRestore(ctx, &cri.FinishRestoreRequest{SessionId: t.d.identity().Session}); err != nil {
+		t.fail(migration.OpStopRestored, fmt.Errorf("end the restore: %w", err))
+		return
+	}
 	for _, c := range t.d.identity().Containers {
 		if err := t.a.cfg.Containers.Stop(ctx, c.ID); err != nil {
 			t.fail(migration.OpStopRestored, fmt.Errorf("stop container %q: %w", c.Name, err))
