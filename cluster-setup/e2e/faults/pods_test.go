@@ -16,11 +16,12 @@ func TestFaultPodDeleted(t *testing.T) {
 		// After the commit it is restored first and then ends like any other pod.
 		{name: "clone", at: restores, breaks: remove(clonePod), ends: "", cloneGone: true},
 		{name: "clone", at: saysDone, breaks: remove(clonePod), ends: "", cloneGone: true},
-		{name: "source", at: beforeFreeze, breaks: remove(sourcePod), ends: "", sourceGone: true,
+		{name: "source", at: beforeFreeze, breaks: all(remove(sourcePod), waitGone(sourcePod)), ends: "", sourceGone: true,
 			reasons: []string{"StreamFailed", "FreezeFailed", "VerifyFailed", "SourceRefused"}},
-		// While it is frozen its deletion waits until the migration has ended.
-		{name: "source", at: frozenTarget, breaks: remove(sourcePod), ends: "", sourceGone: true,
+		// Before the commit its deletion ends the migration.
+		{name: "source", at: frozenTarget, breaks: all(remove(sourcePod), waitGone(sourcePod)), ends: "", sourceGone: true,
 			reasons: []string{"SourceRefused"}},
+		// Afterwards it waits until the clone runs.
 		{name: "source", at: givenAway, breaks: remove(sourcePod), ends: target, sourceGone: true},
 		{name: "source", at: saysDone, breaks: remove(sourcePod), ends: target, sourceGone: true},
 	} {

@@ -92,18 +92,11 @@ func (w *witness) hear(node string, s net.PacketConn) {
 	}
 }
 
-// of returns what a counter has sent so far, in the order of the numbers.
+// of returns what a counter has sent so far.
 func (w *witness) of(name string) []tick {
 	w.mu.Lock()
-	all := slices.Clone(w.ticks[name])
-	w.mu.Unlock()
-	slices.SortStableFunc(all, func(a, b tick) int {
-		if a.number != b.number {
-			return int(int64(a.number) - int64(b.number))
-		}
-		return a.at.Compare(b.at)
-	})
-	return all
+	defer w.mu.Unlock()
+	return slices.Clone(w.ticks[name])
 }
 
 // runs waits until a counter has sent some numbers on a node from now on.
@@ -158,25 +151,41 @@ type history struct {
 	last tick
 }
 
-// check reads the numbers of a counter: each once, none lost, time going forward. Two
-// copies that run at the same time send the same number twice.
+// check reads the numbers of a counter in the order of time: none lost, none twice. A
+// clone that takes over goes on where the source stood, and so does a source that takes
+// back what the clone has lost. Two copies that run at the same time take turns, and
+// their numbers do not fit.
 func (w *witness) check(name string) (history, error) {
 	var h history
-	for i, t := range w.of(name) {
+	ticks := w.of(name)
+	slices.SortStableFunc(ticks, func(a, b tick) int { return a.at.Compare(b.at) })
+	// Where each copy stands; the clone begins where the source stood last.
+	stands := map[string]uint64{}
+	for i, t := range ticks {
+		before, ran := stands[t.node]
+		switched := i > 0 && t.node != h.last.node
 		switch {
-		case i > 0 && t.number == h.last.number:
-			return h, fmt.Errorf("%s runs twice: %s, and %s", name, h.last, t)
-		case i > 0 && t.number != h.last.number+1:
-			return h, fmt.Errorf("%s has lost numbers: %s after %s", name, t, h.last)
-		case i > 0 && t.at.Before(h.last.at):
-			return h, fmt.Errorf("%s went back in time: %s after %s", name, t, h.last)
+		case i == 0:
+		case switched && t.node == target && ran:
+			return h, fmt.Errorf("%s runs twice: %s after %s", name, t, h.last)
+		case switched && t.node == target:
+			before = h.last.number
+			fallthrough
+		default:
+			if t.number <= before {
+				return h, fmt.Errorf("%s runs twice: %s after %s", name, t, h.last)
+			}
+			if t.number != before+1 {
+				return h, fmt.Errorf("%s has lost numbers: %s after %s", name, t, h.last)
+			}
 		}
 		if i > 0 {
 			h.away = max(h.away, t.at.Sub(h.last.at))
 		}
-		if len(h.nodes) == 0 || h.nodes[len(h.nodes)-1] != t.node {
+		if i == 0 || switched {
 			h.nodes = append(h.nodes, t.node)
 		}
+		stands[t.node] = t.number
 		h.last = t
 	}
 	if len(h.nodes) == 0 {
