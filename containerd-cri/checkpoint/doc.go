@@ -6,8 +6,8 @@
 // belong to parts and parts interleave, so containers are dumped in parallel.
 // Memory comes as runs of pages with an address and a round: pages of a later
 // round replace earlier ones, which lets rounds before the freeze and pages served
-// after the restore use the same frames. Every part is hashed as it passes (pages by
-// a sum per frame, see hashFrame); the
+// after the restore use the same frames. Every part is hashed as it passes, pages by
+// a sum per frame (hashFrame). The
 // manifest holds the hashes, and no part is believed before they match.
 //
 // Writer and Reader hold one frame at a time, so their memory does not depend on
