@@ -12,10 +12,12 @@ import (
 	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	containerd "github.com/containerd/containerd/v2/client"
 	corecontainers "github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/cap"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/typeurl/v2"
+	securejoin "github.com/cyphar/filepath-securejoin"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -128,7 +130,14 @@ func (c *containers) Get(ctx context.Context, id string) (service.Container, err
 		}
 		out.Mounts = append(out.Mounts, runtime.Mount{Destination: m.Destination, Source: m.Source, ReadOnly: hasOption(m.Options, "ro")})
 	}
-	out.UpperDir, err = c.upperDir(ctx, info)
+	mounts, err := c.rootMounts(ctx, info)
+	if err != nil {
+		return out, err
+	}
+	out.UpperDir = upperDir(mounts)
+	if out.State == service.StateCreated {
+		err = resolveMounts(ctx, mounts, &out.Confinement)
+	}
 	return out, err
 }
 
@@ -141,23 +150,48 @@ func hasOption(options []string, want string) bool {
 	return false
 }
 
+// rootMounts are the mounts of the container's root file system, none when its
+// snapshot is gone.
+func (c *containers) rootMounts(ctx context.Context, info criInfo) ([]mount.Mount, error) {
+	mounts, err := c.client.SnapshotService(info.Snapshotter).Mounts(ctx, info.SnapshotKey)
+	if err != nil && !errdefs.IsNotFound(err) {
+		return nil, fmt.Errorf("writable layer of the container: %w", err)
+	}
+	return mounts, nil
+}
+
+// resolveMounts replaces the destinations of mounts by where they are found in the
+// container: runc follows the links of the image (/var/run is one in most), and the
+// checkpoint names what runc has found.
+func resolveMounts(ctx context.Context, mounts []mount.Mount, c *criu.Confinement) error {
+	if len(mounts) == 0 {
+		return nil
+	}
+	return mount.WithReadonlyTempMount(ctx, mounts, func(root string) error {
+		resolved := make(map[string]criu.Mount, len(c.Mounts))
+		for destination, m := range c.Mounts {
+			p, err := securejoin.SecureJoin(root, destination)
+			if err != nil {
+				return fmt.Errorf("find mount %s in the image: %w", destination, err)
+			}
+			resolved[filepath.Clean("/"+strings.TrimPrefix(p, root))] = m
+		}
+		c.Mounts = resolved
+		return nil
+	})
+}
+
 // upperDir returns the directory of the writable layer, empty when the snapshotter
 // has none.
-func (c *containers) upperDir(ctx context.Context, info criInfo) (string, error) {
-	mounts, err := c.client.SnapshotService(info.Snapshotter).Mounts(ctx, info.SnapshotKey)
-	if errdefs.IsNotFound(err) {
-		return "", nil
-	} else if err != nil {
-		return "", fmt.Errorf("writable layer of the container: %w", err)
-	}
+func upperDir(mounts []mount.Mount) string {
 	for _, m := range mounts {
 		for _, o := range m.Options {
 			if dir, ok := strings.CutPrefix(o, "upperdir="); ok && m.Type == "overlay" {
-				return dir, nil
+				return dir
 			}
 		}
 	}
-	return "", nil
+	return ""
 }
 
 // criuConfig is the annotation through which runc takes a CRIU configuration file.
