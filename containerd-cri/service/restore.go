@@ -190,6 +190,10 @@ func (s *Service) openRestore(r *restoreSession) error {
 		l := log.G(r.ctx).WithField("session", r.ID)
 		if r.err != nil {
 			l.WithError(r.err).Error("checkpoint refused")
+			// What arrived is of no use: its memory is given back at once.
+			if err := s.c.Scratch.Remove(r.scratch()); err != nil {
+				l.WithError(err).Error("memory of a refused checkpoint can not be released yet")
+			}
 			return
 		}
 		l.WithField("bytes", r.Bytes).WithField("manifest", r.Digest).Info("checkpoint received")
@@ -527,6 +531,9 @@ func (s *Service) recoverRestores(ctx context.Context) error {
 		close(r.done)
 		if !r.Verified {
 			r.err = status.Errorf(codes.Aborted, "session %q lost its stream when the runtime was restarted", r.ID)
+			if err := s.c.Scratch.Remove(r.scratch()); err != nil {
+				return err
+			}
 		}
 		r.ctx, r.cancel = context.WithCancel(ctx)
 		s.restores[r.ID] = r
