@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -66,6 +67,13 @@ func (a *Agent) removeSource(s *source) {
 	id := s.d.identity()
 	s.unguardPod()
 	a.suspendProbes(id.SourceUID, false)
+	if s.state() == migration.SourceReleased {
+		a.wg.Add(1)
+		go func() {
+			defer a.wg.Done()
+			a.forgetPod(id.SourceUID)
+		}()
+	}
 	a.cfg.Metrics.sourceEnded(s.state())
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -150,13 +158,41 @@ func (s *source) guardPod() {
 }
 
 func (s *source) unguardPod() {
+	id := s.d.identity()
+	released := s.state() == migration.SourceReleased
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.held {
 		s.held = false
 		close(s.free)
 	}
-	s.a.cfg.Guard.Release(s.d.identity().SourceUID)
+	if !released {
+		s.a.cfg.Guard.Release(id.SourceUID)
+		return
+	}
+	// The pod worker has been told to end the pod, but may still be busy with a sync
+	// that saw the containers end and wants to start them again.
+	s.a.cfg.Guard.Set(id.SourceUID, guard.Hold{
+		Refuse: fmt.Sprintf("the pod runs on as pod %s on node %s", id.ClonePod, id.PeerNode),
+	})
+}
+
+// forgetPod lets go of a pod that was taken over when the kubelet has forgotten it.
+func (a *Agent) forgetPod(uid string) {
+	t := time.NewTicker(time.Second)
+	defer t.Stop()
+	for {
+		if _, ok := a.cfg.Node.Pod(uid); !ok {
+			a.cfg.Guard.Release(uid)
+			return
+		}
+		// The kubelet does not tell when.
+		select {
+		case <-a.ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
 }
 
 // ask hands a request to the engine and waits for its answer.
