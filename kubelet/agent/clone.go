@@ -13,6 +13,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"podmig.dev/podmig/kubelet/compare"
+	"podmig.dev/podmig/kubelet/guard"
 	"podmig.dev/podmig/kubelet/migration"
 )
 
@@ -154,6 +155,15 @@ func (a *Agent) refuse(ctx context.Context, id migration.Identity, reason migrat
 		return fmt.Errorf("write the final status of the clone: %w", err)
 	}
 	return fmt.Errorf("%s: %s", reason, text)
+}
+
+// Refuse ends a clone on a node that moves no pods, and returns why.
+func Refuse(ctx context.Context, n Node, api API, clone *v1.Pod, reason migration.Reason, text string) error {
+	a := New(ctx, Config{Node: n, API: api, Guard: guard.New()})
+	defer a.Close()
+	return a.refuse(ctx, migration.Identity{
+		Session: string(clone.UID), Namespace: clone.Namespace, SourcePod: n.ClonePod(clone), ClonePod: clone.Name,
+	}, reason, text)
 }
 
 // prepareLogs gives the new log directories files that make the kubelet count

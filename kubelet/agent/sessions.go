@@ -91,6 +91,13 @@ func (a *Agent) Open(ctx context.Context, c peer.Call, r *wire.OpenRequest) (*wi
 		return nil, err
 	}
 	pod, ok := a.cfg.Node.PodByName(c.Namespace, c.Pod)
+	if !ok {
+		// A kubelet that has just been started does not know its pods yet.
+		if pod, err = a.await(ctx, c.Namespace, c.Pod, r.SourceUID); err != nil {
+			return nil, wire.Errorf(wire.CodeUnavailable, "%v", err)
+		}
+		ok = pod != nil
+	}
 	if !ok || string(pod.UID) != r.SourceUID {
 		return nil, wire.Errorf(wire.CodeUnknownPod, "pod %s/%s with UID %s is not on node %s", c.Namespace, c.Pod, r.SourceUID, a.cfg.Node.Name())
 	}

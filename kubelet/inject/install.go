@@ -33,6 +33,7 @@ import (
 	"podmig.dev/podmig/kubelet/agent"
 	"podmig.dev/podmig/kubelet/guard"
 	"podmig.dev/podmig/kubelet/journal"
+	"podmig.dev/podmig/kubelet/migration"
 	"podmig.dev/podmig/kubelet/peer"
 	"podmig.dev/podmig/kubelet/wire"
 )
@@ -70,6 +71,7 @@ type injector struct {
 // built.
 func (i *injector) adjust(ctx context.Context, cfg *kubeletconfig.KubeletConfiguration, deps *kubelet.Dependencies) error {
 	if !utilfeature.DefaultFeatureGate.Enabled(features.PodMigration) {
+		deps.Options = append(deps.Options, refuseClones)
 		return nil
 	}
 	logger := klog.FromContext(ctx)
@@ -101,6 +103,28 @@ func (i *injector) adjust(ctx context.Context, cfg *kubeletconfig.KubeletConfigu
 		}
 	})
 	return nil
+}
+
+// refuseClones is what a kubelet does whose gate is off: a clone that it started like
+// any other pod would be a second copy with nothing of the state of the first.
+func refuseClones(kl *kubelet.Kubelet) {
+	// Standalone there are no clones.
+	if kl.KubeClient() == nil {
+		return
+	}
+	n := &node{kl}
+	api := &apiServer{kl.KubeClient()}
+	kubelet.SyncRuntimePod = func(ctx context.Context, pod *v1.Pod, status *kubecontainer.PodStatus, sync func(*v1.Pod) kubecontainer.PodSyncResult) kubecontainer.PodSyncResult {
+		// One that runs has taken over while the gate was on.
+		runs := slices.ContainsFunc(status.ContainerStatuses, func(c *kubecontainer.Status) bool { return c.State == kubecontainer.ContainerStateRunning })
+		if n.ClonePod(pod) == "" || agent.IsCloned(pod) || runs {
+			return sync(pod)
+		}
+		var result kubecontainer.PodSyncResult
+		result.Fail(agent.Refuse(ctx, n, api, pod, migration.ReasonDisabled,
+			fmt.Sprintf("PodMigration is switched off on node %s; switch the feature gate PodMigration on there, or choose another node", n.Name())))
+		return result
+	}
 }
 
 // attach makes the agent and lets it continue what the journal knows.

@@ -26,6 +26,8 @@ const (
 	// ReasonMigrated: the source was taken over by its clone.
 	ReasonMigrated Reason = "Migrated"
 
+	// ReasonDisabled: the gate is off on the target.
+	ReasonDisabled          Reason = "MigrationDisabled"
 	ReasonSourceRefused     Reason = "SourceRefused"
 	ReasonSourceUnreachable Reason = "SourceUnreachable"
 	ReasonSourceLost        Reason = "SourceLost"

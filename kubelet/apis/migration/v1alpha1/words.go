@@ -25,6 +25,7 @@ const ReasonCloned = "Cloned"
 
 // Reasons of ConditionCloned when its status is False.
 const (
+	ReasonMigrationDisabled = "MigrationDisabled"
 	ReasonSourceRefused     = "SourceRefused"
 	ReasonSourceUnreachable = "SourceUnreachable"
 	ReasonSourceLost        = "SourceLost"
