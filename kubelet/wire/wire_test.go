@@ -252,6 +252,21 @@ func TestErrors(t *testing.T) {
 	}
 }
 
+func TestSentence(t *testing.T) {
+	for _, tc := range []struct{ name, message, cure, want string }{
+		{"parts", "it is busy", "wait", "it is busy; wait"},
+		{"sentences", "It uses io_uring.", "Turn io_uring off.", "It uses io_uring; turn io_uring off"},
+		{"a name", "It cannot be dumped.", "CRIU 4.2 can.", "It cannot be dumped; CRIU 4.2 can"},
+		{"no cure", "It is gone.", "", "It is gone"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if got := Sentence(tc.message, tc.cure); got != tc.want {
+				t.Errorf("%q", got)
+			}
+		})
+	}
+}
+
 // FuzzUnmarshal: what is accepted has one form, and decoding it again changes nothing.
 func FuzzUnmarshal(f *testing.F) {
 	var names []string
