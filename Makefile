@@ -77,8 +77,6 @@ e2e: image ## Move real pods between the nodes of a real cluster: [RUN=TestRedis
 	@go run ./tools/cmd/podmig-build --only faults
 	@# A runtime without the migration service, to see what is said about it.
 	@go build -trimpath -o .build/bin/upstream/ github.com/containerd/containerd/v2/cmd/containerd
-	@# A runtime without the migration service, to see what is said about it.
-	@go build -trimpath -o .build/bin/upstream/ github.com/containerd/containerd/v2/cmd/containerd
 	go test $(PATCHED),e2e -count=1 -p 1 -timeout 30m $(if $(RUN),-run '$(RUN)' -v) ./cluster-setup/e2e/...
 
 ##@ Generated code of ours
