@@ -217,7 +217,7 @@ func write(t *testing.T, path, text string) {
 }
 
 // importImage makes an image of files of the node and imports it. Names that end in
-// a slash become empty directories.
+// a slash become empty directories, contents that begin with an arrow links.
 func importImage(t *testing.T, ref string, files map[string]string, entrypoint []string) {
 	t.Helper()
 	var layer bytes.Buffer
@@ -242,6 +242,10 @@ func importImage(t *testing.T, ref string, files map[string]string, entrypoint [
 		parts := strings.Split(filepath.Dir(dst), "/")
 		for i := range parts {
 			mkdir("/" + strings.Join(parts[1:i+1], "/"))
+		}
+		if target, ok := strings.CutPrefix(src, "->"); ok {
+			add(&tar.Header{Name: dst, Typeflag: tar.TypeSymlink, Linkname: target}, nil)
+			continue
 		}
 		if src == "" {
 			mkdir(strings.TrimSuffix(dst, "/"))

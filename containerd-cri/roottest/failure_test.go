@@ -220,6 +220,47 @@ func TestRestoreFails(t *testing.T) {
 	}
 }
 
+// TestOneOfTwoFails: when one container of a pod can not be restored, no process of
+// the others has run either.
+func TestOneOfTwoFails(t *testing.T) {
+	n := start(t)
+	src, dst := n.runPod("two-src"), n.runPod("two-dst")
+	for _, name := range []string{"a", "b"} {
+		c := container{name: name, image: "podmig.test/workload:1", command: []string{"/workload", "serve", "/s.sock", "1", "/dev/shm/" + name}}
+		src.start(c)
+		dst.create(c)
+		eventually(t, name+" runs", func() error {
+			_, err := ask(src, name, "count")
+			return err
+		})
+	}
+	b := lie(t, "two", record(t, "two", src), func(p checkpoint.Part, _ int64, b []byte) []byte {
+		if p.Container == "b" && p.Name == "files.img" {
+			return bytes.Repeat([]byte{0xee}, len(b))
+		}
+		return b
+	})
+	if err := send(t, "two", dst, b); err != nil {
+		t.Fatal(err)
+	}
+	errs := map[string]chan error{"a": make(chan error, 1), "b": make(chan error, 1)}
+	for name, c := range errs {
+		go func() {
+			_, err := n.mig.RestoreContainer(t.Context(), &migration.RestoreContainerRequest{SessionId: "two", ContainerId: dst.ids[name]})
+			c <- err
+		}()
+	}
+	for name, c := range errs {
+		if err := <-c; err == nil || !strings.Contains(err.Error(), "criu/image.c") {
+			t.Errorf("restore of %s: %v", name, err)
+		}
+		noProcess(t, dst.ids[name])
+	}
+	finish(t, n, "two", migration.Outcome_OUTCOME_RESUME)
+	counts(t, src)
+	n.clean()
+}
+
 // TestMoreRights: a checkpoint that verifies but gives its processes more than the
 // target's container may.
 func TestMoreRights(t *testing.T) {

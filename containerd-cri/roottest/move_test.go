@@ -192,6 +192,34 @@ func sequence(t *testing.T, what string, got []string) {
 	}
 }
 
+// TestMountThroughLink: runc follows the links of an image to where a mount belongs,
+// as in every pod with a service account and an image with /var/run.
+func TestMountThroughLink(t *testing.T) {
+	n := start(t)
+	importImage(t, "podmig.test/links:1", map[string]string{"/workload": "/workload", "/run/": "", "/var/run": "->/run"}, []string{"/workload"})
+	src, dst := n.runPod("link-src"), n.runPod("link-dst")
+	c := container{name: "a", image: "podmig.test/links:1", command: serveArgs(1, "/run/secrets/f")}
+	mount := func(p *pod) []*cri.Mount {
+		m := p.volume("data")
+		m.ContainerPath = "/var/run/secrets"
+		return []*cri.Mount{m}
+	}
+	c.mounts = mount(src)
+	src.start(c)
+	c.mounts = mount(dst)
+	dst.create(c)
+	eventually(t, "the counter runs", func() error {
+		k, err := ask(src, "a", "count")
+		if err == nil && k < 20 {
+			err = fmt.Errorf("%d ticks", k)
+		}
+		return err
+	})
+	move(t, "link", src, dst)
+	sequence(t, "file in the mount", strings.Fields(dst.exec("a", "/workload", "cat", "/var/run/secrets/f")))
+	n.clean()
+}
+
 // TestMoveRedis is the demonstration: a redis keeps its keys, its identity and its
 // uptime.
 func TestMoveRedis(t *testing.T) {
