@@ -260,14 +260,16 @@ func (t *target) verify(ctx context.Context) {
 // others: the engine wants to know that every call has returned.
 func (t *target) restore(ctx context.Context) {
 	t.begin("restore")
+	if err := t.awaitRuntime(ctx); err != nil {
+		t.fail(migration.OpRestore, err)
+		return
+	}
 	id := t.d.identity()
 	var g errgroup.Group
 	resumed := make([]int64, len(id.Containers))
 	for i, c := range id.Containers {
 		g.Go(func() error {
-			// A runtime that is just being restarted knows the session when it is back; the
-			// engine's deadline bounds the wait.
-			resp, err := t.a.cfg.Runtime.RestoreContainer(ctx, &cri.RestoreContainerRequest{SessionId: id.Session, ContainerId: c.ID}, grpc.WaitForReady(true))
+			resp, err := t.a.cfg.Runtime.RestoreContainer(ctx, &cri.RestoreContainerRequest{SessionId: id.Session, ContainerId: c.ID})
 			if err != nil {
 				return fmt.Errorf("container %q: %s", c.Name, message(err))
 			}
@@ -285,6 +287,22 @@ func (t *target) restore(ctx context.Context) {
 	t.mu.Unlock()
 	t.end("restore", "frozen")
 	t.d.post(migration.Restored{})
+}
+
+// awaitRuntime waits for a runtime that is just being restarted; it knows the session
+// when it is back. It gives up well before the engine does, so that no restore begins
+// after the engine has decided that there will be none.
+func (t *target) awaitRuntime(ctx context.Context) error {
+	limit := t.a.cfg.Deadlines.Restore
+	if limit <= 0 {
+		limit = migration.DefaultDeadlines.Restore
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit/2)
+	defer cancel()
+	if _, err := t.a.cfg.Runtime.Features(ctx, &cri.FeaturesRequest{}, grpc.WaitForReady(true)); err != nil {
+		return fmt.Errorf("wait for the container runtime: %s", message(err))
+	}
+	return nil
 }
 
 // found looks at the containers of the clone.
