@@ -35,8 +35,9 @@ func TestFaultDeadline(t *testing.T) {
 		{name: "the target does not ask for the freeze", at: beforeFreeze, breaks: all(runsOn(source), pause(deadlines.Stream)), ends: source,
 			reasons: []string{"FreezeFailed", "StreamFailed", "DeadlineExceeded", "VerifyFailed"}},
 		{name: "the target does not commit", at: asksCommit, breaks: all(frozen(outage), runsOn(source)), ends: source, reasons: []string{"SourceRefused"}},
-		{name: "the restore takes too long", at: restores, breaks: stop(target, cluster.Containerd),
-			after: all(frozen(deadlines.Restore+outage), start(target, cluster.Containerd)), ends: source, reasons: []string{"DeadlineExceeded"}},
+		// Until the runtime says that no restored process exists, the source stays frozen.
+		{name: "the target's runtime stays away", at: restores, breaks: stop(target, cluster.Containerd),
+			after: all(frozen(deadlines.Restore/2+outage), start(target, cluster.Containerd)), ends: source, reasons: []string{"RestoreFailed"}},
 	} {
 		t.Run(s.name, s.run)
 	}
