@@ -22,7 +22,6 @@ import (
 	kubelettypes "k8s.io/kubelet/pkg/types"
 	"k8s.io/kubernetes/pkg/kubelet"
 	"k8s.io/kubernetes/pkg/kubelet/kuberuntime"
-	"k8s.io/kubernetes/pkg/util/podclone"
 
 	"podmig.dev/podmig/kubelet/agent"
 )
@@ -34,7 +33,7 @@ func (n *node) Name() string                { return string(n.kl.NodeName()) }
 func (n *node) ClonePod(pod *v1.Pod) string { return pod.Spec.ClonePod }
 func (n *node) AddedPrivileges(clone, source *v1.Pod) []string {
 	var added []string
-	for _, e := range podclone.AddedPrivileges(clone, source) {
+	for _, e := range kubelet.AddedPrivileges(clone, source) {
 		added = append(added, e.Error())
 	}
 	return added
