@@ -226,3 +226,54 @@ func TestNoDirectory(t *testing.T) {
 		t.Error("a tree that does not exist was sent")
 	}
 }
+
+// dirSink is a sink that must not lead out of its directory, whatever the stream.
+type dirSink struct{ dir string }
+
+func (s dirSink) Begin(p checkpoint.Part) (checkpoint.PartSink, error) { return Receive(s.dir, p.Kind) }
+func (s dirSink) Round(checkpoint.Round) error                         { return nil }
+
+// FuzzReceive: no stream may change anything beside the directory it is for.
+func FuzzReceive(f *testing.F) {
+	seed := func(entries ...checkpoint.Entry) {
+		var b bytes.Buffer
+		w, err := checkpoint.NewWriter(&b, "s")
+		if err != nil {
+			f.Fatal(err)
+		}
+		p, err := w.Begin(part(checkpoint.KindVolume))
+		if err != nil {
+			f.Fatal(err)
+		}
+		for _, e := range entries {
+			e.UID, e.GID = uint32(os.Getuid()), uint32(os.Getgid())
+			if err := p.Entry(&e); err != nil {
+				f.Fatal(err)
+			}
+			if e.Size > 0 {
+				if err := p.Data(0, make([]byte, e.Size)); err != nil {
+					f.Fatal(err)
+				}
+			}
+		}
+		f.Add(b.Bytes())
+	}
+	seed(checkpoint.Entry{Path: "d", Type: checkpoint.TypeDir, Mode: 0o755}, checkpoint.Entry{Path: "d/f", Type: checkpoint.TypeFile, Mode: 0o644, Size: 3})
+	seed(checkpoint.Entry{Path: "l", Type: checkpoint.TypeSymlink, Link: ".."}, checkpoint.Entry{Path: "l/canary", Type: checkpoint.TypeFile})
+	seed(checkpoint.Entry{Path: "l", Type: checkpoint.TypeSymlink, Link: "../canary"}, checkpoint.Entry{Path: "l", Type: checkpoint.TypeFile, Mode: 0o600, Size: 1})
+	seed(checkpoint.Entry{Path: "l", Type: checkpoint.TypeSymlink, Link: ".."}, checkpoint.Entry{Path: "h", Type: checkpoint.TypeHardlink, Link: "l/canary"})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		outer := t.TempDir()
+		inner, canary := filepath.Join(outer, "inner"), filepath.Join(outer, "canary")
+		do(t, os.Mkdir(inner, 0o755))
+		do(t, os.WriteFile(canary, []byte("untouched"), 0o640))
+		before := describe(t, canary)
+		_, _ = checkpoint.Read(bytes.NewReader(b), "s", dirSink{inner}, checkpoint.Limits{Bytes: 1 << 20})
+		if after := describe(t, canary); after != before {
+			t.Errorf("a file outside has changed: %s, it was %s", after, before)
+		}
+		if left, err := os.ReadDir(outer); err != nil || len(left) != 2 {
+			t.Errorf("%v, %v beside the directory", left, err)
+		}
+	})
+}
