@@ -98,7 +98,7 @@ func provide(ctx context.Context) (*cluster.Cluster, func() error, error) {
 	}
 	bin := filepath.Join(build, "bin")
 	o := cluster.Options{
-		Name: "faults", Dir: dir, Bin: bin, RootFS: filepath.Join(build, "image", "rootfs"), Nodes: 2, Images: images,
+		Name: filepath.Base(dir), Dir: dir, Bin: bin, RootFS: filepath.Join(build, "image", "rootfs"), Nodes: 2, Images: images,
 		NodeBin:   map[string]string{source: filepath.Join(bin, "faults"), target: filepath.Join(bin, "faults")},
 		ProxyMode: "nftables", Progress: os.Stdout,
 	}
