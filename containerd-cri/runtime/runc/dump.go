@@ -47,7 +47,9 @@ func (r *Runtime) Dump(ctx context.Context, c runtime.Container, dir string, out
 		return res, err
 	}
 	start := time.Now()
-	args := []string{"--root", c.OCIRoot, "checkpoint", "--leave-running", "--image-path", images, "--work-path", work}
+	// What runc has a flag for it tells CRIU after CRIU has read dumpOptions: an absent
+	// flag would undo the option of a container that has moved before.
+	args := []string{"--root", c.OCIRoot, "checkpoint", "--leave-running", "--tcp-skip-in-flight", "--file-locks", "--image-path", images, "--work-path", work}
 	var said []byte
 	var err error
 	dump := plainDump
