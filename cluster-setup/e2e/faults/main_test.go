@@ -33,7 +33,7 @@ const (
 
 // deadlines are short enough for a test and long enough for a busy machine.
 var deadlines = migration.Deadlines{
-	Idle: 20 * time.Second, Open: 20 * time.Second, Stream: 30 * time.Second, Freeze: 12 * time.Second,
+	Idle: 20 * time.Second, Open: 20 * time.Second, Stream: 15 * time.Second, Freeze: 12 * time.Second,
 	Commit: 3 * time.Second, Restore: 20 * time.Second, Outcome: 3 * time.Second, Abort: 5 * time.Second,
 	RetryMax: time.Second,
 }
