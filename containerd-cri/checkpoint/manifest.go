@@ -84,6 +84,19 @@ func decodeStrict(b []byte, v any) error {
 	return nil
 }
 
+// decodeCanonical accepts only what the Writer writes, to the byte: what is decoded
+// here is compared by value later, and JSON has several spellings of a value.
+func decodeCanonical(b []byte, v any) error {
+	if err := decodeStrict(b, v); err != nil {
+		return err
+	}
+	again, err := json.Marshal(v)
+	if err != nil || !bytes.Equal(again, b) {
+		return fmt.Errorf("%w: %.100q is no canonical JSON", ErrFormat, b)
+	}
+	return nil
+}
+
 func (m *Manifest) check(session string) error {
 	if m.Version != Version {
 		return fmt.Errorf("%w: manifest says %d, this side speaks %d", ErrVersion, m.Version, Version)

@@ -161,7 +161,7 @@ func (r *reader) frame(f frame, b []byte) error {
 		return r.begin(f.part, b)
 	case frameRound:
 		var round Round
-		if err := decodeStrict(b, &round); err != nil {
+		if err := decodeCanonical(b, &round); err != nil {
 			return err
 		}
 		if f.part != 0 || round.Number != uint32(len(r.rounds)) || (len(r.rounds) > 0 && r.rounds[len(r.rounds)-1].Final) {
@@ -198,7 +198,7 @@ func (r *reader) frame(f frame, b []byte) error {
 
 func (r *reader) begin(id uint32, b []byte) error {
 	var part Part
-	if err := decodeStrict(b, &part); err != nil {
+	if err := decodeCanonical(b, &part); err != nil {
 		return err
 	}
 	if err := part.check(); err != nil {
@@ -321,6 +321,10 @@ func (r *reader) manifest(f frame, session string) (Result, error) {
 	if err := r.full(b); err != nil {
 		return Result{}, err
 	}
+	sum := sha256.Sum256(b)
+	if err := r.end(sum); err != nil {
+		return Result{}, err
+	}
 	m := new(Manifest)
 	if err := decodeStrict(b, m); err != nil {
 		return Result{}, err
@@ -334,8 +338,31 @@ func (r *reader) manifest(f frame, session string) (Result, error) {
 	if err := r.compare(m); err != nil {
 		return Result{}, err
 	}
-	sum := sha256.Sum256(b)
 	return Result{Manifest: m, Digest: hex.EncodeToString(sum[:])}, nil
+}
+
+// end reads the last frame: without it a changed time or version in the manifest
+// would go unnoticed.
+func (r *reader) end(sum [sha256.Size]byte) error {
+	var head [frameHeader]byte
+	if err := r.full(head[:]); err != nil {
+		return err
+	}
+	f, err := parseFrame(head[:])
+	if err != nil {
+		return err
+	}
+	var want [sha256.Size]byte
+	if f.typ != frameEnd || f.part != 0 || f.size != sha256.Size {
+		return fmt.Errorf("%w: the manifest is not the end", ErrFormat)
+	}
+	if err := r.full(want[:]); err != nil {
+		return err
+	}
+	if want != sum {
+		return fmt.Errorf("%w: the manifest has another digest", ErrDigest)
+	}
+	return nil
 }
 
 func (r *reader) compare(m *Manifest) error {

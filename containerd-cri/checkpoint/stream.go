@@ -1,6 +1,7 @@
 package checkpoint
 
 import (
+	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
 	"hash"
@@ -39,7 +40,8 @@ const (
 	framePages    frameType = 4 // address, count, round, flags, pages
 	frameClose    frameType = 5 // the part is complete
 	frameRound    frameType = 6 // JSON Round: a round of memory is complete
-	frameManifest frameType = 7 // JSON Manifest, always last
+	frameManifest frameType = 7 // JSON Manifest, after all parts
+	frameEnd      frameType = 8 // SHA-256 of the manifest, always last
 )
 
 // pagesZero marks a run of pages that are zero and therefore not sent.
@@ -168,6 +170,8 @@ func parseFrame(b []byte) (frame, error) {
 		limit = 0
 	case frameManifest:
 		limit = maxManifest
+	case frameEnd:
+		limit = sha256.Size
 	default:
 		return f, fmt.Errorf("%w: unknown frame type %d", ErrFormat, f.typ)
 	}

@@ -143,7 +143,7 @@ func (w *Writer) Finish(m *Manifest) (digest string, err error) {
 		return "", err
 	}
 	sum := sha256.Sum256(b)
-	return hex.EncodeToString(sum[:]), nil
+	return hex.EncodeToString(sum[:]), w.frame(frameEnd, 0, nil, sum[:])
 }
 
 // PartWriter writes one part.
