@@ -44,10 +44,10 @@ func (c *client) ask(ctx context.Context, address string) error {
 		return err
 	}
 	c.wg.Add(2)
-	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	go func() {
 		defer c.wg.Done()
-		defer stop()
+		// Ends the reader, too.
+		defer conn.Close()
 		tick := time.NewTicker(interval)
 		defer tick.Stop()
 		for {
