@@ -49,6 +49,15 @@ func (t *target) call(ctx context.Context, e migration.Call) {
 		t.d.log.Info("Source did not say yes", "request", e.Verb, "verdict", answered.Verdict, "err", err)
 	}
 	t.d.post(answered)
+	if e.Verb == migration.VerbFreeze {
+		// Only now: what waits for this has to come after the answer.
+		t.mu.Lock()
+		if t.freezing != nil {
+			close(t.freezing)
+			t.freezing = nil
+		}
+		t.mu.Unlock()
+	}
 }
 
 func (t *target) request(ctx context.Context, e migration.Call) error {
@@ -79,7 +88,6 @@ func (t *target) request(ctx context.Context, e migration.Call) error {
 		t.mu.Lock()
 		t.freezing = freezing
 		t.mu.Unlock()
-		defer close(freezing)
 		_, err := p.Freeze(ctx, w, &wire.FreezeRequest{})
 		return err
 	case migration.VerbCommit:
