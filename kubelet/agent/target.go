@@ -69,11 +69,15 @@ func (a *Agent) addTarget(m *migration.Target) *target {
 			}
 		},
 	})
+	// What was not restored yet answers no probe, also when a kubelet that restarted
+	// believes that it runs.
+	a.suspendProbes(id.Session, true)
 	a.mu.Lock()
 	a.targets[id.Session] = t
 	a.mu.Unlock()
 	a.cfg.Metrics.targetBegan()
 	a.run(t.d, func() {
+		a.suspendProbes(id.Session, false)
 		t.mu.Lock()
 		defer t.mu.Unlock()
 		if t.source != nil {
@@ -186,6 +190,7 @@ func (t *target) perform(effect migration.Effect) {
 		t.a.mu.Lock()
 		t.a.cloned[id.Session] = true
 		t.a.mu.Unlock()
+		t.a.suspendProbes(id.Session, false)
 		t.a.cfg.Guard.Release(id.Session)
 		t.admit.Do(func() { close(t.admitted) })
 	case migration.RecordOutcome:
