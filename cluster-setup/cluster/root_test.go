@@ -238,8 +238,17 @@ func testPod(t *testing.T, c *Cluster) {
 		t.Fatal(err)
 	}
 	kubectl(t, c, "wait", "pod/counter", "--for=condition=Ready", "--timeout=60s")
-	if logs := kubectl(t, c, "logs", "counter"); !strings.Contains(logs, "tick 1 at") {
-		t.Errorf("unexpected log %q", logs)
+	// A container is ready before its first tick.
+	wait, stop := context.WithTimeout(t.Context(), time.Minute)
+	defer stop()
+	err := poll(wait, func() error {
+		if logs := kubectl(t, c, "logs", "counter"); !strings.Contains(logs, "tick 1 at") {
+			return fmt.Errorf("unexpected log %q", logs)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
 	}
 	// From a node, through kube-proxy and with a name of the cluster's DNS: the name server's address is a service too.
 	address := kubectl(t, c, "get", "service", "counter", "--output=jsonpath={.spec.clusterIP}")
