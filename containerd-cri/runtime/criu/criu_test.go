@@ -9,10 +9,11 @@ import (
 	"path/filepath"
 	"testing"
 
-	"github.com/checkpoint-restore/go-criu/v8/crit/images/creds"
-	criucore "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
-	"github.com/checkpoint-restore/go-criu/v8/crit/images/mnt"
-	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/creds"
+	criucore "github.com/checkpoint-restore/go-criu/v7/crit/images/criu-core"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/mnt"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/pagemap"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	"podmig.dev/podmig/containerd-cri/checkpoint"
@@ -37,7 +38,7 @@ func image(t testing.TB, magic uint32, entries ...proto.Message) []byte {
 }
 
 func run(addr, pages uint64, flags uint32) *pagemap.PagemapEntry {
-	return &pagemap.PagemapEntry{Vaddr: proto.Uint64(addr), CompatNrPages: proto.Uint32(uint32(pages)), NrPages: proto.Uint64(pages), Flags: proto.Uint32(flags)}
+	return pagemapEntry(Run{Addr: addr, Pages: pages}, flags)
 }
 
 func pagemapOf(t testing.TB, id uint32, runs ...*pagemap.PagemapEntry) []byte {
@@ -213,10 +214,10 @@ func core(caps uint32, change func(*criucore.ThreadCoreEntry)) *criucore.CoreEnt
 	t := &criucore.ThreadCoreEntry{
 		FutexRla: proto.Uint64(0), FutexRlaLen: proto.Uint32(0), SchedNice: proto.Int32(0), SchedPolicy: proto.Uint32(0),
 		SeccompMode: criucore.SeccompMode_filter.Enum(),
-		Creds: &creds.CredsEntry{
+		Creds: with(&creds.CredsEntry{
 			Uid: proto.Uint32(0), Gid: proto.Uint32(0), Euid: proto.Uint32(0), Egid: proto.Uint32(0), Suid: proto.Uint32(0), Sgid: proto.Uint32(0),
-			Fsuid: proto.Uint32(0), Fsgid: proto.Uint32(0), Secbits: proto.Uint32(0), CapEff: []uint32{caps, 0}, NoNewPrivs: proto.Uint32(1), LsmProfile: proto.String("apparmor:cri (enforce)"),
-		},
+			Fsuid: proto.Uint32(0), Fsgid: proto.Uint32(0), Secbits: proto.Uint32(0), CapEff: []uint32{caps, 0}, LsmProfile: proto.String("apparmor:cri (enforce)"),
+		}, credsNoNewPrivs, 1),
 	}
 	if change != nil {
 		change(t)
@@ -275,7 +276,14 @@ func TestCheck(t *testing.T) {
 		{"what the container may", plainCore, mounts(nil), true},
 		{"another capability", core(1<<21, nil), mounts(nil), false},
 		{"a capability beyond those known", core(1<<5, func(c *criucore.ThreadCoreEntry) { c.Creds.CapPrm = []uint32{0, 0, 1} }), mounts(nil), false},
-		{"new privileges", core(0, func(c *criucore.ThreadCoreEntry) { c.Creds.NoNewPrivs = nil }), mounts(nil), false},
+		{"new privileges", core(0, func(c *criucore.ThreadCoreEntry) { c.Creds.ProtoReflect().SetUnknown(nil) }), mounts(nil), false},
+		{"new privileges, said last", core(0, func(c *criucore.ThreadCoreEntry) { with(c.Creds, credsNoNewPrivs, 0) }), mounts(nil), false},
+		{"ambient capabilities", core(1<<5, func(c *criucore.ThreadCoreEntry) { with(c.Creds, credsAmbient, 1<<5, 0) }), mounts(nil), true},
+		{"another ambient capability", core(1<<5, func(c *criucore.ThreadCoreEntry) { with(c.Creds, credsAmbient, 0, 1<<3) }), mounts(nil), false},
+		{"another ambient capability, packed", core(1<<5, func(c *criucore.ThreadCoreEntry) {
+			b := protowire.AppendTag(c.Creds.ProtoReflect().GetUnknown(), credsAmbient, protowire.BytesType)
+			c.Creds.ProtoReflect().SetUnknown(protowire.AppendBytes(b, []byte{0, 1 << 3}))
+		}), mounts(nil), false},
 		{"no seccomp filter", core(0, func(c *criucore.ThreadCoreEntry) { c.SeccompMode = nil }), mounts(nil), false},
 		{"another AppArmor profile", core(0, func(c *criucore.ThreadCoreEntry) { c.Creds.LsmProfile = proto.String("apparmor:unconfined") }), mounts(nil), false},
 		{"a mount that nobody described", plainCore, one(mountEntry("/mnt", mnt.Fstype_TMPFS, 0, "")), false},

@@ -8,7 +8,7 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/pagemap"
 	"google.golang.org/protobuf/proto"
 
 	"podmig.dev/podmig/containerd-cri/checkpoint"
@@ -76,9 +76,9 @@ func (p *Pagemap) Next() (Run, error) {
 	if err := p.r.next(&e); err != nil {
 		return Run{}, err
 	}
-	n := uint64(e.GetCompatNrPages())
-	if e.NrPages != nil {
-		n = e.GetNrPages()
+	n, ok := last(&e, pagemapPages)
+	if !ok {
+		n = uint64(e.GetNrPages())
 	}
 	run := Run{Addr: e.GetVaddr(), Pages: n, Lazy: e.GetFlags()&pageLazy != 0}
 	switch {
@@ -109,10 +109,7 @@ func Complete(in io.Reader, out io.Writer) error {
 		if cur.Pages == 0 {
 			return nil
 		}
-		return w.write(&pagemap.PagemapEntry{
-			Vaddr: proto.Uint64(cur.Addr), CompatNrPages: proto.Uint32(uint32(cur.Pages)),
-			NrPages: proto.Uint64(cur.Pages), Flags: proto.Uint32(pagePresent),
-		})
+		return w.write(pagemapEntry(cur, pagePresent))
 	}
 	for {
 		run, err := p.Next()
@@ -134,6 +131,12 @@ func Complete(in io.Reader, out io.Writer) error {
 		return err
 	}
 	return w.flush()
+}
+
+func pagemapEntry(r Run, flags uint32) *pagemap.PagemapEntry {
+	return with(&pagemap.PagemapEntry{
+		Vaddr: proto.Uint64(r.Addr), NrPages: proto.Uint32(uint32(r.Pages)), Flags: proto.Uint32(flags),
+	}, pagemapPages, r.Pages)
 }
 
 // openPagemapFile opens a map by its path.

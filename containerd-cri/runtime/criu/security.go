@@ -10,8 +10,8 @@ import (
 	"path/filepath"
 	"strings"
 
-	criucore "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
-	"github.com/checkpoint-restore/go-criu/v8/crit/images/mnt"
+	criucore "github.com/checkpoint-restore/go-criu/v7/crit/images/criu-core"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/mnt"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -86,8 +86,12 @@ func (c Confinement) core(e *criucore.CoreEntry) error {
 		return nil // A zombie has no credentials.
 	}
 	cr := t.GetCreds()
+	var ambient []uint32
+	for _, w := range numbers(cr, credsAmbient) {
+		ambient = append(ambient, uint32(w))
+	}
 	for name, set := range map[string][]uint32{
-		"permitted": cr.GetCapPrm(), "effective": cr.GetCapEff(), "inheritable": cr.GetCapInh(), "bounding": cr.GetCapBnd(), "ambient": cr.GetCapAmb(),
+		"permitted": cr.GetCapPrm(), "effective": cr.GetCapEff(), "inheritable": cr.GetCapInh(), "bounding": cr.GetCapBnd(), "ambient": ambient,
 	} {
 		var have uint64
 		for i, w := range set {
@@ -100,7 +104,7 @@ func (c Confinement) core(e *criucore.CoreEntry) error {
 			return fmt.Errorf("%w: %s capabilities %#x", ErrConfinement, name, extra)
 		}
 	}
-	if c.NoNewPrivs && cr.GetNoNewPrivs() == 0 {
+	if nnp, _ := last(cr, credsNoNewPrivs); c.NoNewPrivs && uint32(nnp) == 0 {
 		return fmt.Errorf("%w: a process without no_new_privs", ErrConfinement)
 	}
 	if mode := t.GetSeccompMode(); c.Seccomp && mode != criucore.SeccompMode_filter && mode != criucore.SeccompMode_strict {
