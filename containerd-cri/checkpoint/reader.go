@@ -167,6 +167,9 @@ func (r *reader) frame(f frame, b []byte) error {
 		if f.part != 0 || round.Number != uint32(len(r.rounds)) || (len(r.rounds) > 0 && r.rounds[len(r.rounds)-1].Final) {
 			return fmt.Errorf("%w: round %d out of order", ErrFormat, round.Number)
 		}
+		if round.Ready && round.Final || len(r.rounds) > 0 && r.rounds[len(r.rounds)-1].Ready && !round.Final {
+			return fmt.Errorf("%w: round %d after the source was ready for its freeze", ErrFormat, round.Number)
+		}
 		if len(r.rounds) >= 1024 {
 			return fmt.Errorf("%w: more than 1024 rounds", ErrFormat)
 		}

@@ -53,7 +53,7 @@ type Kind string
 const (
 	// KindImage is one file of a CRIU image set.
 	KindImage Kind = "image"
-	// KindPages is the memory of one address space.
+	// KindPages is the private memory of one process.
 	KindPages Kind = "pages"
 	// KindRootfs is the writable layer of a container, in overlay form.
 	KindRootfs Kind = "rootfs"
@@ -72,8 +72,8 @@ type Part struct {
 	// Container is the name of the container in the pod; empty for parts that
 	// belong to the pod.
 	Container string `json:"container,omitempty"`
-	// Name is the file name of an image, the ID of an address space or the name
-	// of a volume.
+	// Name is the file name of an image, the number of a process in the container or
+	// the name of a volume.
 	Name string `json:"name,omitempty"`
 }
 
@@ -136,6 +136,9 @@ func validName(s string) bool {
 type Round struct {
 	Number uint32 `json:"number"`
 	Final  bool   `json:"final,omitempty"`
+	// Ready says that nothing more is sent before the freeze: what is left is little,
+	// or does not shrink any more. It is set once, in the last round before the final one.
+	Ready bool `json:"ready,omitempty"`
 	// Pages is the number of pages the round sent, zero pages included.
 	Pages uint64 `json:"pages"`
 }

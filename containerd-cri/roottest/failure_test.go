@@ -96,7 +96,7 @@ func send(t *testing.T, session string, dst *pod, stream []byte) error {
 		t.Fatal(err)
 	}
 	_, _ = out.Write(stream)
-	out.Close()
+	end(out)
 	_, err = dst.n.mig.VerifyRestore(t.Context(), &migration.VerifyRestoreRequest{SessionId: session})
 	return err
 }

@@ -64,7 +64,8 @@ func move(t *testing.T, session string, src, dst *pod) *migration.FreezeCheckpoi
 	return f
 }
 
-// prepare opens both sides of a session and joins their streams.
+// prepare opens both sides of a session, joins their streams and waits for the end of
+// the rounds before the freeze.
 func prepare(t *testing.T, ctx context.Context, session string, src, dst *pod) {
 	t.Helper()
 	c, err := src.n.mig.PrepareCheckpoint(ctx, checkpointRequest(session, src))
@@ -83,11 +84,29 @@ func prepare(t *testing.T, ctx context.Context, session string, src, dst *pod) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	sent := make(chan struct{})
 	go func() {
+		defer close(sent)
 		_, _ = io.Copy(out, in)
 		in.Close()
-		out.Close()
 	}()
+	_ = out.SetReadDeadline(time.Now().Add(time.Minute))
+	ready := make([]byte, 1)
+	if _, err := io.ReadFull(out, ready); err != nil || ready[0] != migration.StreamReady {
+		t.Fatalf("the target is not ready: %q, %v", ready, err)
+	}
+	_ = out.SetReadDeadline(time.Time{})
+	go func() {
+		<-sent
+		end(out)
+	}()
+}
+
+// end ends the writing of a stream.
+func end(out net.Conn) {
+	_ = out.(*net.UnixConn).CloseWrite()
+	_, _ = io.Copy(io.Discard, out)
+	_ = out.Close()
 }
 
 func checkpointRequest(session string, src *pod) *migration.PrepareCheckpointRequest {

@@ -76,6 +76,16 @@ type Dumped struct {
 	Pages       uint64
 }
 
+// Memory is the memory of one container and what was sent of it. Its methods are not
+// called concurrently.
+type Memory interface {
+	// Round sends the pages that are not what was sent of them before, and returns how
+	// many it sent. The container runs meanwhile: what it writes is found by the next
+	// round. An error that is not one of the stream or the context is no reason to
+	// give up: what was not sent is left to the dump.
+	Round(ctx context.Context, out *checkpoint.Writer, round uint32) (pages uint64, err error)
+}
+
 // ErrGone is wrapped when the processes of a container do not exist any more.
 var ErrGone = errors.New("no process of the container exists")
 
@@ -105,11 +115,15 @@ type Runtime interface {
 	// instruction. Killing what does not exist succeeds.
 	Kill(ctx context.Context, cs []Container) error
 
+	// Track returns what sends the memory of a running container ahead of its dump.
+	Track(c Container) Memory
+
 	// Dump writes the state of a frozen container to the stream as parts of kind
-	// image and pages. dir is an empty directory on a memory-backed file system for
-	// temporary files. The container is frozen afterwards, after errors too. Errors
-	// carry the decisive lines of CRIU's log.
-	Dump(ctx context.Context, c Container, dir string, out *checkpoint.Writer, round uint32) (Dumped, error)
+	// image and pages, without the pages that m has sent and that are still the same.
+	// It completes the parts that m has begun. dir is an empty directory on a
+	// memory-backed file system for temporary files. The container is frozen
+	// afterwards, after errors too. Errors carry the decisive lines of CRIU's log.
+	Dump(ctx context.Context, c Container, m Memory, dir string, out *checkpoint.Writer, round uint32) (Dumped, error)
 
 	// Recover ends what a Dump that was cut off by the end of this process has left
 	// behind in dir, and leaves the container frozen.

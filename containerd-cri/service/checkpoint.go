@@ -61,6 +61,12 @@ type checkpointSession struct {
 	stream     net.Conn
 	out        *checkpoint.Writer
 	listener   net.Listener
+	// Rounds before the freeze: stop ends them, and rounds is closed when they have
+	// ended. After that memory and round, the number of the next one, are the freeze's.
+	stop   context.CancelFunc
+	rounds chan struct{}
+	memory []runtime.Memory
+	round  uint32
 
 	// op is held by the call that changes the session.
 	op sync.Mutex
@@ -152,12 +158,15 @@ func (s *Service) PrepareCheckpoint(ctx context.Context, r *migration.PrepareChe
 		volumes:          r.Volumes,
 		created:          time.Now(),
 		conn:             make(chan struct{}),
+		rounds:           make(chan struct{}),
 	}
 	for _, c := range cs {
 		session.Containers = append(session.Containers, c.Container)
+		session.memory = append(session.memory, s.c.Runtime.Track(c.Container))
 	}
 	session.ctx, session.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	if err := s.openCheckpoint(session); err != nil {
+	ctx, session.stop = context.WithCancel(session.ctx)
+	if err := s.openCheckpoint(ctx, session); err != nil {
 		session.cancel()
 		_ = s.removeDir(session.dir)
 		return nil, toStatus(err)
@@ -167,7 +176,9 @@ func (s *Service) PrepareCheckpoint(ctx context.Context, r *migration.PrepareChe
 	return &migration.PrepareCheckpointResponse{StreamAddress: session.address}, nil
 }
 
-func (s *Service) openCheckpoint(c *checkpointSession) error {
+// openCheckpoint waits for the reader of the stream and sends it the rounds before the
+// freeze, until ctx ends.
+func (s *Service) openCheckpoint(ctx context.Context, c *checkpointSession) error {
 	if err := os.Mkdir(c.dir, 0o700); err != nil {
 		return err
 	}
@@ -185,6 +196,7 @@ func (s *Service) openCheckpoint(c *checkpointSession) error {
 	s.background.Add(1)
 	go func() {
 		defer s.background.Done()
+		defer close(c.rounds)
 		conn := acceptOne(c.ctx, l)
 		if conn == nil {
 			return
@@ -199,7 +211,53 @@ func (s *Service) openCheckpoint(c *checkpointSession) error {
 		c.stream, c.out = conn, out
 		c.mu.Unlock()
 		close(c.conn)
+		// A reader that stalls blocks the write, not the end of the session.
+		defer context.AfterFunc(c.ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
+		if err := c.sendRounds(ctx); err != nil && ctx.Err() == nil {
+			log.G(ctx).WithError(err).WithField("session", c.ID).Error("rounds before the freeze have failed")
+		}
 	}()
+	return nil
+}
+
+// Rounds go on while they shrink, up to a number and down to a size that the freeze
+// does not notice.
+const (
+	maxRounds   = 8
+	enoughPages = 4 << 20 / checkpoint.PageSize
+)
+
+// sendRounds sends memory while the containers run, until what is left is little or does
+// not shrink any more. A round that is cut short is still one: what it sent counts.
+func (c *checkpointSession) sendRounds(ctx context.Context) error {
+	var before uint64
+	for ready := false; !ready; c.round++ {
+		sent := make([]uint64, len(c.memory))
+		start := time.Now()
+		var g errgroup.Group
+		for i, m := range c.memory {
+			g.Go(func() (err error) {
+				sent[i], err = m.Round(ctx, c.out, c.round)
+				return err
+			})
+		}
+		err := g.Wait()
+		if ctx.Err() == nil && err != nil {
+			log.G(ctx).WithError(err).WithField("session", c.ID).Warn("memory is left to the freeze")
+		}
+		r := checkpoint.Round{Number: c.round}
+		for _, n := range sent {
+			r.Pages += n
+		}
+		ready = err != nil || r.Pages <= enoughPages || c.round+1 == maxRounds || c.round > 0 && r.Pages > before*7/10
+		before = r.Pages
+		r.Ready = ready && ctx.Err() == nil
+		if err := c.out.Round(r); err != nil {
+			return err
+		}
+		log.G(ctx).WithField("session", c.ID).WithField("round", r.Number).WithField("pages", r.Pages).
+			WithField("duration", time.Since(start)).Debug("round before the freeze sent")
+	}
 	return nil
 }
 
@@ -230,6 +288,8 @@ func (s *Service) FreezeCheckpoint(ctx context.Context, r *migration.FreezeCheck
 	defer context.AfterFunc(c.ctx, cancel)()
 	// A reader that stalls blocks the write, not the deadline.
 	defer context.AfterFunc(ctx, func() { _ = c.stream.SetDeadline(time.Unix(1, 0)) })()
+	c.stop()
+	<-c.rounds
 
 	res, err := s.freeze(ctx, c)
 	end := phaseSent
@@ -280,7 +340,7 @@ func (s *Service) freeze(ctx context.Context, c *checkpointSession) (*migration.
 				return err
 			}
 			var err error
-			dumped[i], err = s.c.Runtime.Dump(gctx, x, dir, c.out, 0)
+			dumped[i], err = s.c.Runtime.Dump(gctx, x, c.memory[i], dir, c.out, c.round)
 			return err
 		})
 	}
@@ -296,7 +356,7 @@ func (s *Service) freeze(ctx context.Context, c *checkpointSession) (*migration.
 			CPUFeatures: features.CPUFeatures,
 		},
 	}
-	round := checkpoint.Round{Final: true}
+	round := checkpoint.Round{Number: c.round, Final: true}
 	var dump time.Duration
 	for i, x := range c.containers {
 		m.Containers = append(m.Containers, checkpoint.Container{
@@ -453,6 +513,7 @@ func (s *Service) endCheckpoint(ctx context.Context, c *checkpointSession, o mig
 	if !known {
 		return nil // Another call has ended it meanwhile.
 	}
+	<-c.rounds
 	if err := s.apply(ctx, c.Containers, o); err != nil {
 		return err
 	}
@@ -475,11 +536,12 @@ func (s *Service) endCheckpoint(ctx context.Context, c *checkpointSession, o mig
 
 func (s *Service) recoverCheckpoints(ctx context.Context) error {
 	return s.load(ctx, sideCheckpoint, func(dir string, b []byte) error {
-		c := &checkpointSession{dir: dir, created: time.Now(), conn: make(chan struct{})}
+		c := &checkpointSession{dir: dir, created: time.Now(), conn: make(chan struct{}), rounds: make(chan struct{})}
 		if err := json.Unmarshal(b, &c.checkpointRecord); err != nil {
 			return err
 		}
 		close(c.conn)
+		close(c.rounds)
 		c.ctx, c.cancel = context.WithCancel(ctx)
 		was := c.Phase
 		if was == phaseFreezing {

@@ -202,7 +202,10 @@ func (s *Service) openRestore(r *restoreSession) error {
 }
 
 func (s *Service) receive(r *restoreSession, conn net.Conn) error {
-	sink := newRestoreSink(r, s.c.FreeMemory)
+	sink := newRestoreSink(r, s.c.FreeMemory, func() {
+		// A writer that has gone needs no sign; what it sent counts.
+		_, _ = conn.Write([]byte{migration.StreamReady})
+	})
 	defer sink.abort()
 	res, err := checkpoint.Read(conn, r.ID, sink, checkpoint.Limits{})
 	if err != nil {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -294,7 +295,8 @@ func toStatus(err error) error {
 		code = codes.Canceled
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
 		code = codes.DeadlineExceeded
-	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, checkpoint.ErrDigest), errors.Is(err, checkpoint.ErrFormat), errors.Is(err, checkpoint.ErrVersion), errors.Is(err, criu.ErrImage):
+	// A writer that gives up closes a stream whose answer it has not read.
+	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, unix.ECONNRESET), errors.Is(err, checkpoint.ErrDigest), errors.Is(err, checkpoint.ErrFormat), errors.Is(err, checkpoint.ErrVersion), errors.Is(err, criu.ErrImage):
 		code = codes.DataLoss
 	case isNoSpace(err):
 		code = codes.ResourceExhausted

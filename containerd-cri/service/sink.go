@@ -28,10 +28,12 @@ type restoreSink struct {
 	// granted is how many bytes may come before free is asked again.
 	granted int
 	free    func() (uint64, error)
+	// ready is called when the source waits for its freeze.
+	ready func()
 }
 
-func newRestoreSink(r *restoreSession, free func() (uint64, error)) *restoreSink {
-	return &restoreSink{r: r, seen: map[checkpoint.Part]bool{}, open: map[checkpoint.PartSink]func(){}, pages: map[string][]*criu.Store{}, free: free}
+func newRestoreSink(r *restoreSession, free func() (uint64, error), ready func()) *restoreSink {
+	return &restoreSink{r: r, seen: map[checkpoint.Part]bool{}, open: map[checkpoint.PartSink]func(){}, pages: map[string][]*criu.Store{}, free: free, ready: ready}
 }
 
 func (k *restoreSink) container(name string) *Container {
@@ -128,10 +130,10 @@ func (k *restoreSink) begin(p checkpoint.Part) (checkpoint.PartSink, error) {
 	case checkpoint.KindImage:
 		return k.file(filepath.Join(k.r.images(c.Name), p.Name), os.O_WRONLY|os.O_CREATE|os.O_EXCL)
 	case checkpoint.KindPages:
-		if !criu.IsPages(p.Name) {
-			return nil, fmt.Errorf("%w: %q is no name of a pages file", checkpoint.ErrFormat, p.Name)
+		if pid, err := strconv.ParseUint(p.Name, 10, 31); err != nil || criu.PagesName(int(pid)) != p.Name {
+			return nil, fmt.Errorf("%w: pages of %q, which is no process", checkpoint.ErrFormat, p.Name)
 		}
-		st, err := criu.NewStore(filepath.Join(k.r.images(c.Name), p.Name))
+		st, err := criu.NewStore(k.r.images(c.Name), p.Name)
 		if err != nil {
 			return nil, err
 		}
@@ -181,7 +183,12 @@ func (k *restoreSink) tree(dir string, kind checkpoint.Kind) (checkpoint.PartSin
 }
 
 // Round implements checkpoint.Sink.
-func (k *restoreSink) Round(checkpoint.Round) error { return nil }
+func (k *restoreSink) Round(r checkpoint.Round) error {
+	if r.Ready {
+		k.ready()
+	}
+	return nil
+}
 
 // complete makes the images ready for CRIU: every store becomes the pages file of
 // its map.

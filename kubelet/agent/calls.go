@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	cri "podmig.dev/podmig/cri-api/migration/v1alpha1"
 	"podmig.dev/podmig/kubelet/compare"
 	"podmig.dev/podmig/kubelet/migration"
 	"podmig.dev/podmig/kubelet/peer"
@@ -190,16 +191,32 @@ func (t *target) copyStream(ctx context.Context, address string) (int64, error) 
 	if err != nil {
 		return 0, err
 	}
-	defer out.Close()
 	stop := context.AfterFunc(ctx, func() { out.Close(); in.Close() })
 	defer stop()
-	// No rounds before the freeze yet: what is left is everything.
-	t.d.post(migration.RoundsDone{})
+	// The runtime writes when the rounds before the freeze are over. A connection that
+	// ends without it is one of a stream that breaks.
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
+		b := make([]byte, 1)
+		if _, err := io.ReadFull(out, b); err == nil && b[0] == cri.StreamReady {
+			t.d.post(migration.RoundsDone{})
+		}
+		_, _ = io.Copy(io.Discard, out)
+	}()
+	defer func() {
+		out.Close()
+		<-closed
+	}()
 	n, err := io.CopyBuffer(onlyWriter{out}, onlyReader{in}, make([]byte, 1<<20))
 	if err != nil {
 		return n, fmt.Errorf("after %d bytes of the checkpoint: %w", n, err)
 	}
-	return n, out.CloseWrite()
+	if err := out.CloseWrite(); err != nil {
+		return n, err
+	}
+	<-closed
+	return n, nil
 }
 
 // onlyWriter and onlyReader keep io.Copy to the buffer it is given.

@@ -107,95 +107,184 @@ func TestHostilePagemap(t *testing.T) {
 }
 
 // TestStore sends pages in several rounds, some of them again, some zero, in random
-// order, and expects the pages file that CRIU would have written.
+// order, and reads them back as CRIU would: in the order of the map, from the image set
+// or its parent.
 func TestStore(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	for _, tc := range []struct {
 		name   string
 		rounds int
 		random bool
+		// gap leaves out pages of the first round.
+		gap  func(k uint64) bool
+		full bool // the map has all pages
+		want bool // a parent
 	}{
-		{"one round in order", 1, false},
-		{"three rounds", 3, false},
-		{"three rounds in random order", 3, true},
+		{name: "one round in order", rounds: 1, full: true},
+		{name: "one round of more than the map has", rounds: 1, want: true},
+		{name: "pages sent again", rounds: 3, full: true},
+		{name: "new pages behind the others", rounds: 1, gap: func(k uint64) bool { return k >= 250 }, full: true},
+		{name: "new pages between the others", rounds: 3, gap: func(k uint64) bool { return k%7 == 3 }, full: true, want: true},
+		{name: "new pages, others gone", rounds: 3, gap: func(k uint64) bool { return k%7 == 3 }, want: true},
+		{name: "random order", rounds: 3, random: true, want: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			dir := t.TempDir()
-			s, err := NewStore(filepath.Join(dir, PagesFile(1)))
+			s, err := NewStore(dir, "1")
 			check(t, err)
+			gone, err := NewStore(dir, "7")
+			check(t, err)
+			check(t, gone.Pages(0, 0x1000, 1, bytes.Repeat([]byte{9}, checkpoint.PageSize)))
 			const n = 300
 			want := map[uint64]byte{}
-			for round := range tc.rounds {
+			send := func(round uint32, k, count uint64) {
+				c := byte(rnd.IntN(4))
+				var b []byte
+				if c != 0 {
+					b = bytes.Repeat([]byte{c}, int(count)*checkpoint.PageSize)
+				}
+				check(t, s.Pages(round, 0x100000+k*checkpoint.PageSize, uint32(count), b))
+				for j := range count {
+					want[k+j] = c
+				}
+			}
+			for round := range uint32(tc.rounds) {
 				order := rnd.Perm(n)
-				for i := range n {
-					k := uint64(i)
+				for i := range uint64(n) {
+					k := i
 					if tc.random {
 						k = uint64(order[i])
 					}
-					// Later rounds send some runs only, of other lengths.
-					if round > 0 && rnd.IntN(3) > 0 {
-						continue
-					}
-					count := uint64(1)
-					if round > 0 {
-						count = min(uint64(rnd.IntN(5)+1), n-k)
-					}
-					c := byte(rnd.IntN(4))
-					var b []byte
-					if c != 0 {
-						b = bytes.Repeat([]byte{c}, int(count)*checkpoint.PageSize)
-					}
-					check(t, s.Pages(uint32(round), 0x100000+k*checkpoint.PageSize, uint32(count), b))
-					for j := range count {
-						want[0x100000+(k+j)*checkpoint.PageSize] = c
+					switch {
+					case round > 0 && rnd.IntN(3) > 0: // Later rounds send some runs only, of other lengths.
+					case round > 0:
+						send(round, k, min(uint64(rnd.IntN(5)+1), n-k))
+					case tc.gap == nil || !tc.gap(k):
+						send(round, k, 1)
 					}
 				}
 			}
-			// The map leaves out some of the pages that came.
+			for k := range uint64(n) {
+				if _, ok := want[k]; !ok {
+					send(uint32(tc.rounds), k, 1)
+				}
+			}
 			pm := filepath.Join(dir, "pagemap-1.img")
-			check(t, os.WriteFile(pm, pagemapOf(t, 1, run(0x100000, 100, pagePresent), run(0x100000+120*checkpoint.PageSize, 180, pagePresent)), 0o600))
-			check(t, Place(dir, []*Store{s}))
-			got, err := os.ReadFile(filepath.Join(dir, PagesFile(1)))
-			check(t, err)
-			if len(got) != 280*checkpoint.PageSize {
-				t.Fatalf("%d bytes", len(got))
+			entries := []*pagemap.PagemapEntry{run(0x100000, n, pagePresent)}
+			if !tc.full {
+				entries = []*pagemap.PagemapEntry{run(0x100000, 100, pagePresent), run(0x100000+120*checkpoint.PageSize, 180, pagePresent)}
 			}
-			for i := range 280 {
-				k := uint64(i)
-				if i >= 100 {
-					k += 20
+			check(t, os.WriteFile(pm, pagemapOf(t, 5, entries...), 0o600))
+			check(t, Place(dir, []*Store{s, gone}))
+			got, parent := restored(t, dir)
+			if parent != tc.want {
+				t.Errorf("a parent: %v", parent)
+			}
+			for k := range uint64(n) {
+				c, ok := got[0x100000+k*checkpoint.PageSize]
+				if in := tc.full || k < 100 || k >= 120; ok != in {
+					t.Fatalf("page %d is there: %v", k, ok)
+				} else if in && c != want[k] {
+					t.Fatalf("page %d is %d, not %d", k, c, want[k])
 				}
-				c := want[0x100000+k*checkpoint.PageSize]
-				if !bytes.Equal(got[i*checkpoint.PageSize:(i+1)*checkpoint.PageSize], bytes.Repeat([]byte{c}, checkpoint.PageSize)) {
-					t.Fatalf("page %d of the file is not page %d of the memory", i, k)
-				}
+			}
+			files, err := os.ReadDir(dir)
+			check(t, err)
+			if len(files) > 3 {
+				t.Errorf("left behind: %v", files)
 			}
 		})
 	}
 }
 
+// restored reads the memory of process 1 the way CRIU does and returns the first byte
+// of every page.
+func restored(t *testing.T, dir string) (pages map[uint64]byte, parent bool) {
+	t.Helper()
+	level := func(dir string) (map[uint64]byte, []*pagemap.PagemapEntry) {
+		f, err := os.Open(filepath.Join(dir, "pagemap-1.img"))
+		check(t, err)
+		defer f.Close()
+		r, err := newImageReader(f, magicPagemap)
+		check(t, err)
+		var head pagemap.PagemapHead
+		check(t, r.next(&head))
+		content, err := os.ReadFile(filepath.Join(dir, PagesFile(head.GetPagesId())))
+		check(t, err)
+		out := map[uint64]byte{}
+		var elsewhere []*pagemap.PagemapEntry
+		for {
+			e := new(pagemap.PagemapEntry)
+			if err := r.next(e); errors.Is(err, io.EOF) {
+				break
+			} else {
+				check(t, err)
+			}
+			if e.GetFlags() == pageParent {
+				elsewhere = append(elsewhere, e)
+				continue
+			}
+			for i := range uint64(e.GetNrPages()) {
+				p := content[:checkpoint.PageSize]
+				content = content[checkpoint.PageSize:]
+				if !bytes.Equal(p, bytes.Repeat(p[:1], checkpoint.PageSize)) {
+					t.Fatal("a page of two")
+				}
+				out[e.GetVaddr()+i*checkpoint.PageSize] = p[0]
+			}
+		}
+		if len(content) != 0 {
+			t.Errorf("%d bytes of %s are in no run", len(content), dir)
+		}
+		return out, elsewhere
+	}
+	pages, elsewhere := level(dir)
+	if _, err := os.Stat(filepath.Join(dir, parentDir)); errors.Is(err, os.ErrNotExist) {
+		return pages, false
+	}
+	base, none := level(filepath.Join(dir, parentDir))
+	if len(none) != 0 {
+		t.Error("the parent has a parent")
+	}
+	for _, e := range elsewhere {
+		for i := range uint64(e.GetNrPages()) {
+			addr := e.GetVaddr() + i*checkpoint.PageSize
+			c, ok := base[addr]
+			if !ok {
+				t.Fatalf("the page at %#x is not in the parent", addr)
+			}
+			pages[addr] = c
+		}
+	}
+	return pages, true
+}
+
 func TestStoreRefuses(t *testing.T) {
 	dir := t.TempDir()
-	store := func(id uint32) *Store {
-		os.Remove(filepath.Join(dir, PagesFile(id)))
-		s, err := NewStore(filepath.Join(dir, PagesFile(id)))
+	store := func(name string) *Store {
+		for _, f := range []string{name + ".base", name + ".rest", PagesFile(1)} {
+			os.Remove(filepath.Join(dir, f))
+		}
+		s, err := NewStore(dir, name)
 		check(t, err)
 		check(t, s.Pages(0, 0x1000, 1, bytes.Repeat([]byte{1}, checkpoint.PageSize)))
 		return s
 	}
 	put := func(name string, b []byte) { check(t, os.WriteFile(filepath.Join(dir, name), b, 0o600)) }
 	put("pagemap-1.img", pagemapOf(t, 1, run(0x1000, 2, pagePresent)))
-	if err := Place(dir, []*Store{store(1)}); !errors.Is(err, ErrImage) {
+	if err := Place(dir, []*Store{store("1")}); !errors.Is(err, ErrImage) {
 		t.Errorf("a page that never came: %v", err)
 	}
-	if err := Place(dir, []*Store{store(2)}); !errors.Is(err, ErrImage) {
-		t.Errorf("pages without a map: %v", err)
+	if err := Place(dir, []*Store{store("2")}); !errors.Is(err, ErrImage) {
+		t.Errorf("a map without pages: %v", err)
 	}
+	put("pagemap-1.img", pagemapOf(t, 1, run(0x1000, 1, pagePresent)))
 	put("pagemap-2.img", pagemapOf(t, 1, run(0x1000, 1, pagePresent)))
-	if err := Place(dir, []*Store{store(1)}); !errors.Is(err, ErrImage) {
+	if err := Place(dir, []*Store{store("1"), store("2")}); !errors.Is(err, ErrImage) {
 		t.Errorf("two maps for one file: %v", err)
 	}
-	if _, err := NewStore(filepath.Join(dir, "pagemap-1.img")); err == nil {
+	put("3.rest", nil)
+	if _, err := NewStore(dir, "3"); err == nil {
 		t.Error("a file was overwritten")
 	}
 }

@@ -37,6 +37,10 @@ func IsPages(name string) bool {
 	return strings.HasPrefix(name, "pages-") && strings.HasSuffix(name, ".img")
 }
 
+// PagesName returns the name of the part with the private memory of a process, which
+// has one before CRIU gives it a pages file.
+func PagesName(pid int) string { return strconv.Itoa(pid) }
+
 // ProcessPagemap returns the number of the process whose private memory a pagemap
 // describes, in the PID namespace of the container. Maps of shared memory have
 // other names.

@@ -5,6 +5,7 @@ package fake
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -163,13 +164,53 @@ func (r *Runtime) Kill(ctx context.Context, cs []runtime.Container) error {
 	return nil
 }
 
+// memory of a container is one process whose first page holds what it has counted.
+type memory struct {
+	r    *Runtime
+	x    runtime.Container
+	part *checkpoint.PartWriter
+}
+
+// Track implements runtime.Runtime.
+func (r *Runtime) Track(x runtime.Container) runtime.Memory { return &memory{r: r, x: x} }
+
+// Round implements runtime.Memory.
+func (m *memory) Round(ctx context.Context, out *checkpoint.Writer, round uint32) (uint64, error) {
+	if err := m.r.fail(ctx, "Round"); err != nil {
+		return 0, err
+	}
+	return 1, m.send(out, round)
+}
+
+func (m *memory) send(out *checkpoint.Writer, round uint32) (err error) {
+	if m.part == nil {
+		if m.part, err = out.Begin(checkpoint.Part{Kind: checkpoint.KindPages, Container: m.x.Name, Name: "1"}); err != nil {
+			return err
+		}
+	}
+	var count int64
+	if err := m.r.each([]runtime.Container{m.x}, func(c *container) { count = c.now() }); err != nil {
+		return err
+	}
+	page := make([]byte, checkpoint.PageSize)
+	binary.LittleEndian.PutUint64(page, uint64(count))
+	return m.part.Pages(round, 0x1000, page)
+}
+
 // Dump implements runtime.Runtime.
-func (r *Runtime) Dump(ctx context.Context, x runtime.Container, dir string, out *checkpoint.Writer, round uint32) (runtime.Dumped, error) {
+func (r *Runtime) Dump(ctx context.Context, x runtime.Container, m runtime.Memory, dir string, out *checkpoint.Writer, round uint32) (runtime.Dumped, error) {
 	if err := r.fail(ctx, "Dump"); err != nil {
 		return runtime.Dumped{}, err
 	}
 	var st state
 	if err := r.each([]runtime.Container{x}, func(c *container) { st.Count = c.count }); err != nil {
+		return runtime.Dumped{}, err
+	}
+	sent := m.(*memory)
+	if err := sent.send(out, round); err != nil {
+		return runtime.Dumped{}, err
+	}
+	if err := sent.part.Close(); err != nil {
 		return runtime.Dumped{}, err
 	}
 	b, err := json.Marshal(st)

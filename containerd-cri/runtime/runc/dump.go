@@ -34,7 +34,7 @@ const pidFile = "runc.pid"
 // page server that a lazy dump comes with is never used: anybody who can connect to
 // it can read the memory, so it listens in a network namespace that only this
 // process can enter, and it is ended as soon as it is there.
-func (r *Runtime) Dump(ctx context.Context, c runtime.Container, dir string, out *checkpoint.Writer, round uint32) (runtime.Dumped, error) {
+func (r *Runtime) Dump(ctx context.Context, c runtime.Container, m runtime.Memory, dir string, out *checkpoint.Writer, round uint32) (runtime.Dumped, error) {
 	var res runtime.Dumped
 	images, work := filepath.Join(dir, "images"), filepath.Join(dir, "work")
 	for _, d := range []string{images, work} {
@@ -76,7 +76,11 @@ func (r *Runtime) Dump(ctx context.Context, c runtime.Container, dir string, out
 	if err = errors.Join(err, ctx.Err()); err != nil {
 		return res, err
 	}
-	s := &sender{ctx: ctx, c: c, images: images, out: out, round: round, res: &res, buf: make([]byte, checkpoint.MaxData)}
+	t, ok := m.(*tracker)
+	if !ok {
+		return res, fmt.Errorf("memory of container %s is not from this runtime", c.Name)
+	}
+	s := &sender{ctx: ctx, images: images, out: out, round: round, res: &res, tracker: t}
 	return res, s.send()
 }
 

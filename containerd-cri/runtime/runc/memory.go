@@ -18,16 +18,15 @@ import (
 	"podmig.dev/podmig/containerd-cri/runtime/criu"
 )
 
-// sender writes the images of a dump and the memory of the processes to the stream,
-// through one buffer.
+// sender writes the images of a dump, and the memory of the processes that was not
+// sent before, to the stream.
 type sender struct {
 	ctx    context.Context
-	c      runtime.Container
 	images string
 	out    *checkpoint.Writer
 	round  uint32
 	res    *runtime.Dumped
-	buf    []byte
+	*tracker
 }
 
 func (s *sender) send() error {
@@ -39,6 +38,7 @@ func (s *sender) send() error {
 	if err != nil {
 		return err
 	}
+	defer s.forget()
 	// The pages files of processes go as pages, everything else as it is.
 	sent := map[string]bool{}
 	for _, e := range files {
@@ -50,7 +50,7 @@ func (s *sender) send() error {
 		if !ok {
 			return fmt.Errorf("process %d of container %s is in the dump but not in its control group", pid, s.c.Name)
 		}
-		pages, err := s.process(e.Name(), host)
+		pages, err := s.process(e.Name(), pid, host)
 		if err != nil {
 			return fmt.Errorf("memory of process %d of container %s: %w", pid, s.c.Name, err)
 		}
@@ -69,7 +69,7 @@ func (s *sender) send() error {
 			}
 		}
 	}
-	return nil
+	return s.end()
 }
 
 func (s *sender) image(name string) error {
@@ -106,7 +106,7 @@ func (s *sender) file(name string, in io.Reader) error {
 
 // process sends the map and the pages of one address space and returns the name of
 // the pages file.
-func (s *sender) process(pagemap string, pid int) (string, error) {
+func (s *sender) process(pagemap string, pid, host int) (string, error) {
 	f, err := os.Open(filepath.Join(s.images, pagemap))
 	if err != nil {
 		return "", err
@@ -133,21 +133,20 @@ func (s *sender) process(pagemap string, pid int) (string, error) {
 		return "", err
 	}
 	defer eager.Close()
-	w, err := s.out.Begin(checkpoint.Part{Kind: checkpoint.KindPages, Container: s.c.Name, Name: name})
+	w, err := s.part(s.out, pid)
 	if err != nil {
 		return "", err
 	}
-	m := &memory{pid: pid}
+	m := &memory{pid: host}
 	defer m.close()
 	for {
 		run, err := p.Next()
 		if errors.Is(err, io.EOF) {
-			return name, errors.Join(s.flush(w, m), w.Close())
+			return name, s.flush(w, m)
 		}
 		if err = errors.Join(err, s.ctx.Err()); err != nil {
 			return "", err
 		}
-		s.res.Pages += run.Pages
 		s.res.MemoryBytes += run.Pages * checkpoint.PageSize
 		if run.Lazy {
 			if err := s.lazy(w, m, run); err != nil {
@@ -172,7 +171,7 @@ func (s *sender) process(pagemap string, pid int) (string, error) {
 }
 
 // lazy gathers runs until they fill the buffer.
-func (s *sender) lazy(w *checkpoint.PartWriter, m *memory, run criu.Run) error {
+func (s *sender) lazy(w *process, m *memory, run criu.Run) error {
 	for left := run.Pages * checkpoint.PageSize; left > 0; {
 		n := min(uint64(len(s.buf)-m.size), left)
 		m.add(run.Addr, int(n))
@@ -187,7 +186,7 @@ func (s *sender) lazy(w *checkpoint.PartWriter, m *memory, run criu.Run) error {
 }
 
 // flush reads the gathered runs and sends them.
-func (s *sender) flush(w *checkpoint.PartWriter, m *memory) error {
+func (s *sender) flush(w *process, m *memory) error {
 	if m.size == 0 {
 		return nil
 	}
@@ -205,31 +204,12 @@ func (s *sender) flush(w *checkpoint.PartWriter, m *memory) error {
 	return nil
 }
 
-// pages sends pages; those that are zero are only named.
-func (s *sender) pages(w *checkpoint.PartWriter, addr uint64, b []byte) error {
-	for len(b) > 0 {
-		zero := isZero(b[:checkpoint.PageSize])
-		n := checkpoint.PageSize
-		for n < len(b) && isZero(b[n:n+checkpoint.PageSize]) == zero {
-			n += checkpoint.PageSize
-		}
-		var err error
-		if zero {
-			err = w.ZeroPages(s.round, addr, uint32(n/checkpoint.PageSize))
-		} else {
-			err = w.Pages(s.round, addr, b[:n])
-		}
-		if err != nil {
-			return err
-		}
-		addr, b = addr+uint64(n), b[n:]
-	}
-	return nil
+// pages sends those pages that are not what was sent of them before.
+func (s *sender) pages(w *process, addr uint64, b []byte) error {
+	n, err := s.tracker.pages(w, s.round, addr, b, false)
+	s.res.Pages += n
+	return err
 }
-
-var zeroPage [checkpoint.PageSize]byte
-
-func isZero(b []byte) bool { return b[0] == 0 && bytes.Equal(b, zeroPage[:]) }
 
 // maxRanges is how many ranges one system call reads; the kernel takes 1024.
 const maxRanges = 512
@@ -303,7 +283,9 @@ func containerPids(c runtime.Container) (map[int]int, error) {
 	out := map[int]int{}
 	for _, pid := range all {
 		ns, err := nsPids(pid)
-		if err != nil {
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+			continue // It has ended meanwhile.
+		} else if err != nil {
 			return nil, err
 		}
 		if len(ns) > depth {

@@ -189,6 +189,14 @@ func dial(address string) (net.Conn, error) {
 	return c, c.SetDeadline(time.Now().Add(timeout))
 }
 
+// end ends the writing of a stream: what comes back is read, because a connection that
+// is closed before tells the reader that it was broken.
+func end(out net.Conn) {
+	_ = out.(*net.UnixConn).CloseWrite()
+	_, _ = io.Copy(io.Discard, out)
+	_ = out.Close()
+}
+
 func (s *suite) freeze(id string) (*migration.FreezeCheckpointResponse, error) {
 	return s.Source.FreezeCheckpoint(s.ctx, &migration.FreezeCheckpointRequest{SessionId: id})
 }
@@ -215,7 +223,7 @@ func (s *suite) send(id string, p Pod, stream []byte) (*migration.VerifyRestoreR
 	out := s.dial(s.prepareRestore(id, p))
 	// A refusing reader may close early; what counts is its verdict.
 	_, _ = out.Write(stream)
-	out.Close()
+	end(out)
 	return s.Target.VerifyRestore(s.ctx, &migration.VerifyRestoreRequest{SessionId: id})
 }
 
@@ -438,9 +446,18 @@ func testNoReader(t *testing.T, s *suite) {
 func testMove(t *testing.T, s *suite) {
 	p, q, id := s.RunPod(t, 2), s.CreatePod(t, 2), session()
 	in, out := s.dial(s.prepareCheckpoint(id, p)), s.dial(s.prepareRestore(id, q))
+	pumped := make(chan struct{})
 	go func() {
+		defer close(pumped)
 		_, _ = io.Copy(out, in)
-		out.Close()
+	}()
+	ready := make([]byte, 1)
+	if _, err := io.ReadFull(out, ready); err != nil || ready[0] != migration.StreamReady {
+		t.Fatalf("the target does not say that the rounds before the freeze are over: %q, %v", ready, err)
+	}
+	go func() {
+		<-pumped
+		end(out)
 	}()
 	before := s.counts(p)
 	start := time.Now()

@@ -295,6 +295,8 @@ func (r *Runtime) PrepareCheckpoint(ctx context.Context, q *migration.PrepareChe
 		conn, err := l.Accept()
 		l.Close()
 		if err == nil {
+			// The only round before the freeze.
+			_, _ = conn.Write([]byte{migration.StreamReady})
 			c.ready <- conn
 		}
 	}()
@@ -302,7 +304,7 @@ func (r *Runtime) PrepareCheckpoint(ctx context.Context, q *migration.PrepareChe
 	return &migration.PrepareCheckpointResponse{StreamAddress: address}, nil
 }
 
-// fakeState is the whole stream: a JSON value and its SHA-256.
+// fakeState is the whole stream after its first byte: a JSON value and its SHA-256.
 type fakeState struct {
 	Session string
 	Counts  map[string]int64
@@ -356,7 +358,7 @@ func (r *Runtime) FreezeCheckpoint(ctx context.Context, q *migration.FreezeCheck
 		return nil, status.Error(codes.Unknown, err.Error())
 	}
 	c.phase = "sent"
-	return &migration.FreezeCheckpointResponse{FrozenAt: start.UnixNano(), StreamBytes: uint64(len(b)), FinalBytes: uint64(len(b)), FreezeDuration: 1, DumpDuration: int64(time.Since(start))}, nil
+	return &migration.FreezeCheckpointResponse{FrozenAt: start.UnixNano(), StreamBytes: uint64(len(b)) + 1, FinalBytes: uint64(len(b)), FreezeDuration: 1, DumpDuration: int64(time.Since(start))}, nil
 }
 
 // FinishCheckpoint implements migration.MigrationServiceServer.
@@ -441,6 +443,11 @@ func (r *Runtime) PrepareRestore(ctx context.Context, q *migration.PrepareRestor
 }
 
 func (x *fakeRestore) receive(conn net.Conn, session string) error {
+	first := make([]byte, 1)
+	if _, err := io.ReadFull(conn, first); err != nil || first[0] != migration.StreamReady {
+		return status.Error(codes.DataLoss, "the stream ended early")
+	}
+	_, _ = conn.Write(first) // A writer that has gone needs no sign.
 	b, err := io.ReadAll(conn)
 	if err != nil || len(b) < sha256.Size {
 		return status.Error(codes.DataLoss, "the stream ended early")
@@ -458,7 +465,7 @@ func (x *fakeRestore) receive(conn net.Conn, session string) error {
 			return status.Error(codes.FailedPrecondition, "the checkpoint has other containers")
 		}
 	}
-	x.bytes, x.digest, x.counts = len(b), hex.EncodeToString(sum[:]), st.Counts
+	x.bytes, x.digest, x.counts = len(b)+1, hex.EncodeToString(sum[:]), st.Counts
 	return nil
 }
 

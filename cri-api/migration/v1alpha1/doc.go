@@ -10,3 +10,7 @@ package migration
 
 // StreamVersion is the version of the checkpoint stream that this module writes.
 const StreamVersion uint32 = 1
+
+// StreamReady is the byte that a runtime writes to the peer of the stream that it
+// receives when the source waits for its freeze.
+const StreamReady byte = 'R'

@@ -800,7 +800,8 @@ func (x *PrepareCheckpointRequest) GetOptions() map[string]string {
 type PrepareCheckpointResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// unix:///path of a stream socket. Connecting starts the stream; there is
-	// exactly one reader. Rounds before the freeze, if any, begin at once.
+	// exactly one reader. Rounds before the freeze begin at once: memory is sent while
+	// the containers run. A freeze that does not wait for their end cuts them short.
 	StreamAddress string `protobuf:"bytes,1,opt,name=stream_address,json=streamAddress,proto3" json:"stream_address,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1217,7 +1218,10 @@ func (x *PrepareRestoreRequest) GetOptions() map[string]string {
 type PrepareRestoreResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// unix:///path of a stream socket that takes the bytes of the source's stream,
-	// from one writer.
+	// from one writer. The runtime writes one byte back, StreamReady, when the stream
+	// says that its rounds before the freeze are over: what is left is little, or does
+	// not shrink any more, and the source should be frozen now. A writer that has sent
+	// everything shuts its direction down and reads until the runtime closes.
 	StreamAddress string `protobuf:"bytes,1,opt,name=stream_address,json=streamAddress,proto3" json:"stream_address,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
