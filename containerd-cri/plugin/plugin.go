@@ -92,6 +92,6 @@ func (g *grpcService) start(ctx context.Context) (*service.Service, error) {
 		CheckImages:    criu.Check,
 		RuntimeName:    "containerd",
 		RuntimeVersion: version.Version,
-		CRIUOptions:    runc.RestoreOptions,
+		CRIUOptions:    runc.Options,
 	})
 }
