@@ -372,6 +372,9 @@ func TestMemoryBound(t *testing.T) {
 	if f.StreamBytes < 1<<30 {
 		t.Errorf("only %d bytes were sent", f.StreamBytes)
 	}
+	if f.FinalBytes > 64<<20 {
+		t.Errorf("%d bytes were left to the freeze of a process that writes nearly nothing", f.FinalBytes)
+	}
 	grown := memory(t, pid, "VmHWM") - before
 	t.Logf("containerd grew by at most %d KiB over %d KiB and used %v of a processor, both sides together, for a stream of %d MiB", grown, before, cpuTime(t, pid)-cpu, f.StreamBytes>>20)
 	if grown > 64<<10 {
@@ -379,6 +382,39 @@ func TestMemoryBound(t *testing.T) {
 	}
 	if got := dst.exec("big", "/workload", "ask", "/s.sock", "sum"); got != sum {
 		t.Errorf("memory has changed: %s instead of %s", got, sum)
+	}
+}
+
+// TestMoveDirty moves a process that writes, maps and unmaps all the time, there and
+// back again.
+func TestMoveDirty(t *testing.T) {
+	n := start(t)
+	from := n.runPod("dirty0")
+	c := container{name: "a", image: "podmig.test/workload:1", command: []string{"/workload", "dirty", "/s.sock", "100"}}
+	from.start(c)
+	before := 0
+	for i := range 4 {
+		eventually(t, "the process has written", func() error {
+			k, err := ask(from, "a", "count")
+			if err == nil && k < before+30000 {
+				err = fmt.Errorf("%d writes", k)
+			}
+			return err
+		})
+		before, _ = ask(from, "a", "count")
+		to := n.runPod(fmt.Sprintf("dirty%d", i+1))
+		to.create(c)
+		f := move(t, fmt.Sprintf("dirty%d", i), from, to)
+		if f.FinalBytes > f.StreamBytes/2 {
+			t.Errorf("move %d: %d of %d bytes were left to the freeze", i, f.FinalBytes, f.StreamBytes)
+		}
+		if got := to.exec("a", "/workload", "ask", "/s.sock", "check"); strings.TrimSpace(got) != "whole" {
+			t.Fatalf("move %d: %s", i, got)
+		}
+		if after, err := ask(to, "a", "count"); err != nil || after < before {
+			t.Fatalf("move %d: %d writes after %d, %v", i, after, before, err)
+		}
+		from = to
 	}
 }
 

@@ -84,6 +84,8 @@ type Memory interface {
 	// round. An error that is not one of the stream or the context is no reason to
 	// give up: what was not sent is left to the dump.
 	Round(ctx context.Context, out *checkpoint.Writer, round uint32) (pages uint64, err error)
+	// Close forgets what was sent. It is called once, after everything else.
+	Close()
 }
 
 // ErrGone is wrapped when the processes of a container do not exist any more.

@@ -220,6 +220,14 @@ func (s *Service) openCheckpoint(ctx context.Context, c *checkpointSession) erro
 	return nil
 }
 
+// forget releases what the rounds have remembered; op is held.
+func (c *checkpointSession) forget() {
+	for _, m := range c.memory {
+		m.Close()
+	}
+	c.memory = nil
+}
+
 // Rounds go on while they shrink, up to a number and down to a size that the freeze
 // does not notice.
 const (
@@ -301,6 +309,7 @@ func (s *Service) FreezeCheckpoint(ctx context.Context, r *migration.FreezeCheck
 		}
 	}
 	_ = c.stream.Close()
+	c.forget()
 	if serr := c.setPhase(end); err == nil {
 		err = toStatus(serr)
 	}
@@ -514,6 +523,7 @@ func (s *Service) endCheckpoint(ctx context.Context, c *checkpointSession, o mig
 		return nil // Another call has ended it meanwhile.
 	}
 	<-c.rounds
+	c.forget()
 	if err := s.apply(ctx, c.Containers, o); err != nil {
 		return err
 	}

@@ -1,5 +1,5 @@
 // Command workload is the programs that the root tests run in containers: a pause
-// process, a counter, a process with a lot of memory, a shell's few commands.
+// process, a counter, processes with a lot of memory, a shell's few commands.
 package main
 
 import (
@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/signal"
@@ -37,6 +38,8 @@ func main() {
 		serve(os.Args[2:])
 	case "sysv":
 		sysv(os.Args[2])
+	case "dirty":
+		dirty(os.Args[2:])
 	case "cat":
 		b, err := os.ReadFile(os.Args[2])
 		exitOn(err)
@@ -159,5 +162,85 @@ func sysv(socket string) {
 	}()
 	for range time.Tick(10 * time.Millisecond) {
 		binary.LittleEndian.PutUint64(mem, binary.LittleEndian.Uint64(mem)+1)
+	}
+}
+
+// dirty writes all the time: it fills pages of a region in random order with a number
+// that only grows, notes the number of each page, and gives mappings back and makes new
+// ones. It answers "count" with the number and "check" with "whole" when every page holds
+// what was noted. A page of another time than the note is one that a move has lost.
+func dirty(args []string) {
+	size, err := strconv.Atoi(args[1])
+	exitOn(err)
+	_ = os.Remove(args[0])
+	l, err := net.Listen("unix", args[0])
+	exitOn(err)
+	requests := make(chan net.Conn)
+	go func() {
+		for {
+			c, err := l.Accept()
+			exitOn(err)
+			requests <- c
+		}
+	}()
+	const page = 4096
+	const extra = 64
+	regions := map[int][]byte{0: make([]byte, size<<20)}
+	notes := map[int][]uint64{0: make([]uint64, size<<20/page)}
+	number := uint64(0)
+	write := func(region, i int) {
+		number++
+		notes[region][i] = number
+		b := regions[region][i*page : (i+1)*page]
+		for k := 0; k < page; k += 8 {
+			binary.LittleEndian.PutUint64(b[k:], number)
+		}
+	}
+	check := func() string {
+		for r, mem := range regions {
+			for i, want := range notes[r] {
+				for k := 0; k < page; k += 8 {
+					if got := binary.LittleEndian.Uint64(mem[i*page+k:]); got != want {
+						return fmt.Sprintf("page %d of region %d holds %d at %d, not %d", i, r, got, k, want)
+					}
+				}
+			}
+		}
+		return "whole"
+	}
+	for i := range notes[0] {
+		write(0, i)
+	}
+	pause := time.NewTicker(5 * time.Millisecond)
+	for {
+		select {
+		case c := <-requests:
+			line, _ := bufio.NewReader(c).ReadString('\n')
+			if line == "check\n" {
+				fmt.Fprintln(c, check())
+			} else {
+				fmt.Fprintln(c, number)
+			}
+			c.Close()
+		case <-pause.C:
+			for range 100 {
+				write(0, rand.IntN(len(notes[0])))
+			}
+			r := 1 + rand.IntN(50)
+			if old := regions[r]; old != nil {
+				exitOn(unix.Munmap(old))
+				delete(regions, r)
+				delete(notes, r)
+				continue
+			}
+			mem, err := unix.Mmap(-1, 0, extra*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+			exitOn(err)
+			regions[r], notes[r] = mem, make([]uint64, extra)
+			for i := range extra {
+				if rand.IntN(2) == 0 { // The others stay what they are: untouched, zero.
+					write(r, i)
+				}
+			}
+		}
 	}
 }

@@ -338,7 +338,9 @@ func writeMap(path string, id uint32, entries func(entry func(addr, pages uint64
 	if err := w.write(&pagemap.PagemapHead{PagesId: proto.Uint32(id)}); err != nil {
 		return err
 	}
-	err = entries(func(addr, pages uint64, flags uint32) error { return w.write(pagemapEntry(Run{Addr: addr, Pages: pages}, flags)) })
+	err = entries(func(addr, pages uint64, flags uint32) error {
+		return w.write(pagemapEntry(Run{Addr: addr, Pages: pages}, flags))
+	})
 	if err := errors.Join(err, w.flush(), f.Close()); err != nil {
 		return err
 	}

@@ -182,6 +182,9 @@ func (m *memory) Round(ctx context.Context, out *checkpoint.Writer, round uint32
 	return 1, m.send(out, round)
 }
 
+// Close implements runtime.Memory.
+func (m *memory) Close() {}
+
 func (m *memory) send(out *checkpoint.Writer, round uint32) (err error) {
 	if m.part == nil {
 		if m.part, err = out.Begin(checkpoint.Part{Kind: checkpoint.KindPages, Container: m.x.Name, Name: "1"}); err != nil {

@@ -38,7 +38,6 @@ func (s *sender) send() error {
 	if err != nil {
 		return err
 	}
-	defer s.forget()
 	// The pages files of processes go as pages, everything else as it is.
 	sent := map[string]bool{}
 	for _, e := range files {

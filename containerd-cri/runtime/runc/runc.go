@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync/atomic"
 
 	"podmig.dev/podmig/containerd-cri/runtime"
 )
@@ -12,6 +13,8 @@ import (
 // Runtime implements runtime.Runtime. The zero value is ready to use.
 type Runtime struct {
 	cgroups cgroups
+	// kept counts what trackers remember.
+	kept atomic.Int64
 }
 
 var _ runtime.Runtime = (*Runtime)(nil)

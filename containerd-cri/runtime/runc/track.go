@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"sync/atomic"
 	"unsafe"
 
 	"github.com/cespare/xxhash/v2"
@@ -32,28 +33,52 @@ type tracker struct {
 	buf       []byte
 	regions   []pageRegion
 	processes map[int]*process // by number in the container
-	kept      int              // sums of all processes
+	kept      *atomic.Int64    // chunks of all containers of the node
 }
 
 // process is what was sent of one process.
 type process struct {
 	part  *checkpoint.PartWriter
 	index checkpoint.Index
-	sums  []uint64
+	sums  []*[chunk]uint64
+	next  int64 // pages that have a sum
 }
 
-// maxKept bounds the sums of a container to 24 MiB. Memory beyond its 12 GiB is sent
-// by the final round only. maxRuns bounds what a process with scattered pages costs.
+// chunk is how many sums are allocated at once. maxKept bounds those of all containers
+// that move at a time to 32 MiB; what is beyond their 16 GiB is sent by every round.
+// maxRuns bounds what a process with scattered pages costs.
 const (
-	maxKept = 3 << 20
+	chunk   = 1 << 13
+	maxKept = 1 << 22 / chunk
 	maxRuns = 1 << 16
 )
+
+// keep makes room for the sums of pages that are new and returns the place of the
+// first; false when there is none.
+func (t *tracker) keep(p *process, addr, pages uint64) (at int64, ok bool) {
+	if p.index.Len() >= maxRuns {
+		return 0, false
+	}
+	at = p.next
+	for int64(len(p.sums))*chunk < at+int64(pages) {
+		if t.kept.Add(1) > maxKept {
+			t.kept.Add(-1)
+			return 0, false
+		}
+		p.sums = append(p.sums, new([chunk]uint64))
+	}
+	p.index.Add(addr, pages, at)
+	p.next += int64(pages)
+	return at, true
+}
+
+func (p *process) sum(at int64) *uint64 { return &p.sums[at/chunk][at%chunk] }
 
 var _ runtime.Memory = (*tracker)(nil)
 
 // Track implements runtime.Runtime.
 func (r *Runtime) Track(c runtime.Container) runtime.Memory {
-	return &tracker{c: c, buf: make([]byte, checkpoint.MaxData), regions: make([]pageRegion, 1024), processes: map[int]*process{}}
+	return &tracker{c: c, buf: make([]byte, checkpoint.MaxData), regions: make([]pageRegion, 1024), processes: map[int]*process{}, kept: &r.kept}
 }
 
 // part returns the process of a number, with its part begun.
@@ -80,8 +105,13 @@ func (t *tracker) end() error {
 	return nil
 }
 
-// forget releases the sums.
-func (t *tracker) forget() { t.processes, t.kept = nil, 0 }
+// Close implements runtime.Memory.
+func (t *tracker) Close() {
+	for _, p := range t.processes {
+		t.kept.Add(-int64(len(p.sums)))
+	}
+	t.processes = nil
+}
 
 // Round implements runtime.Memory.
 func (t *tracker) Round(ctx context.Context, out *checkpoint.Writer, round uint32) (uint64, error) {
@@ -203,12 +233,7 @@ func (t *tracker) pages(p *process, round uint32, addr uint64, b []byte, again b
 		size := int(n) * checkpoint.PageSize
 		keep := again
 		if !known && again {
-			if keep = t.kept+int(n) <= maxKept && p.index.Len() < maxRuns; keep {
-				at = int64(len(p.sums))
-				p.index.Add(addr, n, at)
-				p.sums = append(p.sums, make([]uint64, n)...)
-				t.kept += int(n)
-			}
+			at, keep = t.keep(p, addr, n)
 		}
 		begin, fateOfRun := 0, same
 		for i := 0; i <= size; i += checkpoint.PageSize {
@@ -216,10 +241,11 @@ func (t *tracker) pages(p *process, round uint32, addr uint64, b []byte, again b
 			if i < size {
 				var sum uint64
 				sum, f = sumOf(b[i : i+checkpoint.PageSize])
-				if k := at + int64(i/checkpoint.PageSize); known && p.sums[k] == sum {
+				k := at + int64(i/checkpoint.PageSize)
+				if known && *p.sum(k) == sum {
 					f = same
 				} else if keep {
-					p.sums[k] = sum
+					*p.sum(k) = sum
 				}
 			}
 			if i < size && f == fateOfRun {
