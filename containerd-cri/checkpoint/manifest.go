@@ -52,6 +52,19 @@ type Container struct {
 	Args []string `json:"args,omitempty"`
 	// MemoryBytes is the memory that was resident when the container was frozen.
 	MemoryBytes uint64 `json:"memoryBytes"`
+	// Process is what a directory says of the first process, for the comparison with
+	// the container that it is restored into. A migration has none: the environment of
+	// its target differs.
+	Process *Process `json:"process,omitempty"`
+}
+
+// Process describes how the first process of a container was started.
+type Process struct {
+	Env    []string `json:"env,omitempty"`
+	Cwd    string   `json:"cwd"`
+	UID    uint32   `json:"uid"`
+	GID    uint32   `json:"gid"`
+	Groups []uint32 `json:"groups,omitempty"`
 }
 
 // Digest pins the bytes of one part.
@@ -70,6 +83,18 @@ func (m *Manifest) Container(name string) *Container {
 		}
 	}
 	return nil
+}
+
+// MaxManifest is the most bytes of a manifest.
+const MaxManifest = maxManifest
+
+// ParseManifest reads a manifest that is kept beside its stream.
+func ParseManifest(b []byte, session string) (*Manifest, error) {
+	m := new(Manifest)
+	if err := decodeStrict(b, m); err != nil {
+		return nil, err
+	}
+	return m, m.check(session)
 }
 
 func decodeStrict(b []byte, v any) error {

@@ -21,6 +21,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"podmig.dev/podmig/containerd-cri/checkpoint"
 	"podmig.dev/podmig/containerd-cri/runtime"
 	"podmig.dev/podmig/containerd-cri/runtime/criu"
 	"podmig.dev/podmig/containerd-cri/runtime/runc"
@@ -31,6 +32,8 @@ import (
 type containers struct {
 	client *containerd.Client
 	cri    cri.RuntimeServiceServer
+	// initialized tells whether the CRI service knows its containers yet.
+	initialized func() bool
 }
 
 var _ service.Containers = (*containers)(nil)
@@ -42,13 +45,19 @@ type criInfo struct {
 	SnapshotKey string `json:"snapshotKey"`
 	Snapshotter string `json:"snapshotter"`
 	Config      struct {
-		TTY bool `json:"tty"`
+		TTY  bool `json:"tty"`
+		Envs []struct {
+			Key string `json:"key"`
+		} `json:"envs"`
 	} `json:"config"`
 }
 
 // Get implements service.Containers.
 func (c *containers) Get(ctx context.Context, id string) (service.Container, error) {
 	var out service.Container
+	if !c.initialized() {
+		return out, fmt.Errorf("the CRI service has not started yet: %w", errdefs.ErrUnavailable)
+	}
 	ctx = namespaces.WithNamespace(ctx, namespace)
 	res, err := c.cri.ContainerStatus(ctx, &cri.ContainerStatusRequest{ContainerId: id, Verbose: true})
 	if err != nil {
@@ -82,6 +91,7 @@ func (c *containers) Get(ctx context.Context, id string) (service.Container, err
 		StartedAt: time.Unix(0, st.GetStartedAt()),
 		LogPath:   st.GetLogPath(),
 		TTY:       info.Config.TTY,
+		Runtime:   meta.Runtime.Name,
 	}
 	switch st.GetState() {
 	case cri.ContainerState_CONTAINER_CREATED:
@@ -93,6 +103,7 @@ func (c *containers) Get(ctx context.Context, id string) (service.Container, err
 	}
 	if spec.Process != nil {
 		out.Args = spec.Process.Args
+		out.Process = process(spec.Process, info)
 	}
 	if out.Confinement, err = confinement(spec); err != nil {
 		return out, err
@@ -140,6 +151,25 @@ func (c *containers) Get(ctx context.Context, id string) (service.Container, err
 	}
 	return out, err
 }
+
+// process describes the first process of a container. The CRI service gives every
+// container its pod's host name in a variable; that is none of the process's identity
+// unless the caller has set it.
+func process(p *specs.Process, info criInfo) checkpoint.Process {
+	out := checkpoint.Process{Cwd: p.Cwd, UID: p.User.UID, GID: p.User.GID, Groups: p.User.AdditionalGids}
+	named := false
+	for _, e := range info.Config.Envs {
+		named = named || e.Key == hostnameVariable
+	}
+	for _, e := range p.Env {
+		if named || !strings.HasPrefix(e, hostnameVariable+"=") {
+			out.Env = append(out.Env, e)
+		}
+	}
+	return out
+}
+
+const hostnameVariable = "HOSTNAME"
 
 func hasOption(options []string, want string) bool {
 	for _, o := range options {

@@ -84,9 +84,14 @@ func (g *grpcService) start(ctx context.Context) (*service.Service, error) {
 	if !ok {
 		return nil, fmt.Errorf("the CRI plugin is a %T, which serves no runtime.v1", p)
 	}
-	return service.New(ctx, service.Config{
+	initialized := func() bool { return true }
+	if i, ok := p.(interface{ IsInitialized() bool }); ok {
+		initialized = i.IsInitialized
+	}
+	svc, err := service.New(ctx, service.Config{
 		Dir:            g.dir,
-		Containers:     &containers{client: g.client, cri: runtimeService},
+		Containers:     &containers{client: g.client, cri: runtimeService, initialized: initialized},
+		Pods:           &pods{cri: runtimeService, initialized: initialized},
 		Runtime:        runc.New(),
 		Scratch:        service.Tmpfs{},
 		CheckImages:    criu.Check,
@@ -94,4 +99,9 @@ func (g *grpcService) start(ctx context.Context) (*service.Service, error) {
 		RuntimeVersion: version.Version,
 		CRIUOptions:    runc.Options,
 	})
+	if err != nil {
+		return nil, err
+	}
+	servePods(svc)
+	return svc, nil
 }

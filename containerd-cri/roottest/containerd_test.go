@@ -304,8 +304,8 @@ type container struct {
 	mounts      []*cri.Mount
 }
 
-// runPod starts a sandbox.
-func (n *node) runPod(name string) *pod {
+// describePod describes a sandbox that does not exist yet.
+func (n *node) describePod(name string) *pod {
 	n.t.Helper()
 	p := &pod{n: n, dir: n.t.TempDir(), ids: map[string]string{}}
 	p.config = &cri.PodSandboxConfig{
@@ -320,12 +320,19 @@ func (n *node) runPod(name string) *pod {
 	if err := os.MkdirAll(p.config.LogDirectory, 0o755); err != nil {
 		n.t.Fatal(err)
 	}
+	n.t.Cleanup(func() { p.remove() })
+	return p
+}
+
+// runPod starts a sandbox.
+func (n *node) runPod(name string) *pod {
+	n.t.Helper()
+	p := n.describePod(name)
 	r, err := n.RunPodSandbox(n.t.Context(), &cri.RunPodSandboxRequest{Config: p.config})
 	if err != nil {
 		n.t.Fatal(err)
 	}
 	p.id = r.PodSandboxId
-	n.t.Cleanup(func() { p.remove() })
 	return p
 }
 
@@ -355,9 +362,8 @@ func (p *pod) volume(name string) *cri.Mount {
 	return &cri.Mount{ContainerPath: "/" + name, HostPath: dir}
 }
 
-func (p *pod) create(c container) string {
-	p.n.t.Helper()
-	r, err := p.n.CreateContainer(p.n.t.Context(), &cri.CreateContainerRequest{PodSandboxId: p.id, SandboxConfig: p.config, Config: &cri.ContainerConfig{
+func (p *pod) containerConfig(c container) *cri.ContainerConfig {
+	return &cri.ContainerConfig{
 		Metadata: &cri.ContainerMetadata{Name: c.name}, Image: &cri.ImageSpec{Image: c.image}, Command: c.command, Args: c.args,
 		LogPath: c.name + ".log", Mounts: c.mounts, Tty: c.tty,
 		Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{
@@ -366,7 +372,12 @@ func (p *pod) create(c container) string {
 			MaskedPaths:      []string{"/proc/kcore", "/proc/keys", "/sys/firmware"},
 			ReadonlyPaths:    []string{"/proc/sys", "/proc/bus"},
 		}},
-	}})
+	}
+}
+
+func (p *pod) create(c container) string {
+	p.n.t.Helper()
+	r, err := p.n.CreateContainer(p.n.t.Context(), &cri.CreateContainerRequest{PodSandboxId: p.id, SandboxConfig: p.config, Config: p.containerConfig(c)})
 	if err != nil {
 		p.n.t.Fatal(err)
 	}

@@ -46,6 +46,8 @@ type checkpointRecord struct {
 	Request    []byte // the PrepareCheckpointRequest, marshalled deterministically
 	Phase      phase
 	Containers []runtime.Container
+	// Output is the directory that CheckpointPod writes to, empty for a stream.
+	Output string
 }
 
 type checkpointSession struct {
@@ -67,10 +69,15 @@ type checkpointSession struct {
 	rounds chan struct{}
 	memory []runtime.Memory
 	round  uint32
+	// manifest and its digest are there after the freeze.
+	manifest *checkpoint.Manifest
+	digest   string
+	// abandoned is set when a CheckpointPod has ended and the containers are still frozen.
+	abandoned bool
 
 	// op is held by the call that changes the session.
 	op sync.Mutex
-	mu sync.Mutex // protects Phase, stream, out
+	mu sync.Mutex // protects Phase, stream, out, abandoned
 }
 
 func (c *checkpointSession) containerIDs() []string {
@@ -88,6 +95,11 @@ func (c *checkpointSession) phase() phase {
 }
 
 func (c *checkpointSession) expired(limit time.Duration) bool {
+	if c.Output != "" {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return c.abandoned
+	}
 	select {
 	case <-c.conn:
 		return false
@@ -150,6 +162,9 @@ func (s *Service) PrepareCheckpoint(ctx context.Context, r *migration.PrepareChe
 		if c.TTY {
 			return nil, precondition("container %s has a terminal, which can not be moved: run it without tty", c.Name)
 		}
+	}
+	if err := s.busy(cs, podSessions); err != nil {
+		return nil, err
 	}
 	session := &checkpointSession{
 		checkpointRecord: checkpointRecord{ID: r.SessionId, Request: req, Phase: phasePrepared},
@@ -274,7 +289,7 @@ func (s *Service) FreezeCheckpoint(ctx context.Context, r *migration.FreezeCheck
 	s.mu.Lock()
 	c := s.checkpoints[r.SessionId]
 	s.mu.Unlock()
-	if c == nil {
+	if c == nil || c.Output != "" {
 		return nil, status.Errorf(codes.NotFound, "no checkpoint session %q", r.SessionId)
 	}
 	if !c.op.TryLock() {
@@ -371,6 +386,9 @@ func (s *Service) freeze(ctx context.Context, c *checkpointSession) (*migration.
 		m.Containers = append(m.Containers, checkpoint.Container{
 			Name: x.Name, ImageID: x.ImageID, StartedAt: x.StartedAt.UnixNano(), Args: x.Args, MemoryBytes: dumped[i].MemoryBytes,
 		})
+		if c.Output != "" {
+			m.Containers[i].Process = &x.Process
+		}
 		round.Pages += dumped[i].Pages
 		dump = max(dump, dumped[i].Duration)
 	}
@@ -389,6 +407,7 @@ func (s *Service) freeze(ctx context.Context, c *checkpointSession) (*migration.
 	if err != nil {
 		return nil, err
 	}
+	c.manifest, c.digest = m, digest
 	log.G(ctx).WithField("session", c.ID).WithField("manifest", digest).Info("checkpoint manifest")
 	total := c.out.Bytes()
 	return &migration.FreezeCheckpointResponse{
@@ -485,7 +504,14 @@ func (s *Service) FinishCheckpoint(ctx context.Context, r *migration.FinishCheck
 		var cs []runtime.Container
 		for _, id := range r.ContainerIds {
 			x, err := s.c.Containers.Get(ctx, id)
-			if err == nil && x.State == StateRunning {
+			if err != nil || x.State != StateRunning {
+				continue
+			}
+			s.mu.Lock()
+			held := s.busy([]Container{x}, podSessions) != nil
+			s.mu.Unlock()
+			// A CheckpointPod resumes its containers itself, when it has their state.
+			if !held || r.Outcome == migration.Outcome_OUTCOME_STOP {
 				cs = append(cs, x.Container)
 			}
 		}
@@ -569,6 +595,9 @@ func (s *Service) recoverCheckpoints(ctx context.Context) error {
 		}
 		s.checkpoints[c.ID] = c
 		log.G(ctx).WithField("session", c.ID).WithField("phase", was).Info("took up a checkpoint session")
+		if c.Output != "" {
+			s.recoverPod(ctx, c)
+		}
 		return nil
 	})
 }

@@ -4,6 +4,9 @@ import (
 	"context"
 	"time"
 
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"podmig.dev/podmig/containerd-cri/checkpoint"
 	"podmig.dev/podmig/containerd-cri/runtime"
 	"podmig.dev/podmig/containerd-cri/runtime/criu"
 )
@@ -38,6 +41,10 @@ type Container struct {
 	ShmDir string
 	TTY    bool
 	Args   []string
+	// Process is what else describes the first process.
+	Process checkpoint.Process
+	// Runtime is the name of the shim.
+	Runtime string
 	// HostPID is set when the container has no PID namespace of its own.
 	HostPID bool
 	// Confinement is what the processes of the container may.
@@ -65,6 +72,15 @@ type Containers interface {
 	// Start starts a created container from a checkpoint. Afterwards it is running
 	// like any other, or the error tells why not and none of its processes exists.
 	Start(ctx context.Context, id string, r Restore) error
+}
+
+// Pods is what RestorePod needs of the CRI service to make a pod and to remove it.
+type Pods interface {
+	PodSandboxStatus(context.Context, *cri.PodSandboxStatusRequest) (*cri.PodSandboxStatusResponse, error)
+	RunPodSandbox(context.Context, *cri.RunPodSandboxRequest) (*cri.RunPodSandboxResponse, error)
+	StopPodSandbox(context.Context, *cri.StopPodSandboxRequest) (*cri.StopPodSandboxResponse, error)
+	RemovePodSandbox(context.Context, *cri.RemovePodSandboxRequest) (*cri.RemovePodSandboxResponse, error)
+	CreateContainer(context.Context, *cri.CreateContainerRequest) (*cri.CreateContainerResponse, error)
 }
 
 // Scratch provides directories in memory.

@@ -23,21 +23,12 @@ func (s *Service) PreflightPod(ctx context.Context, r *migration.PreflightPodReq
 	if err != nil {
 		return nil, err
 	}
-	features, err := s.features()
+	findings, memory, err := s.inspect(ctx, cs)
 	if err != nil {
-		return nil, toStatus(err)
+		return nil, err
 	}
-	var findings []runtime.Finding
-	if features.CRIUVersion == "" {
-		findings = append(findings, runtime.Finding{Blocking: true, Code: "NoCRIU", FD: -1,
-			Message: "CRIU is not installed on this node, so no process can be dumped.", Cure: "Install CRIU 4.2.1 or later on every node."})
-	}
-	out := &migration.PreflightPodResponse{}
-	var rcs []runtime.Container
+	out := &migration.PreflightPodResponse{MemoryBytes: memory}
 	for _, c := range cs {
-		findings = append(findings, checkContainer(c)...)
-		c.Name = ""
-		rcs = append(rcs, c.Container)
 		if c.UpperDir != "" {
 			n, err := tree.Size(ctx, c.UpperDir)
 			if err != nil {
@@ -46,12 +37,7 @@ func (s *Service) PreflightPod(ctx context.Context, r *migration.PreflightPodReq
 			out.RootfsBytes += n
 		}
 	}
-	report, err := s.c.Runtime.Preflight(ctx, rcs)
-	if err != nil {
-		return nil, toStatus(fmt.Errorf("preflight: %w", err))
-	}
-	out.MemoryBytes = report.MemoryBytes
-	for _, f := range append(findings, report.Findings...) {
+	for _, f := range findings {
 		severity := migration.Finding_SEVERITY_WARNING
 		if f.Blocking {
 			severity = migration.Finding_SEVERITY_BLOCKING
@@ -63,6 +49,34 @@ func (s *Service) PreflightPod(ctx context.Context, r *migration.PreflightPodReq
 	return out, nil
 }
 
+// inspect finds what prevents or endangers a dump of the containers, and how much
+// memory it would have.
+func (s *Service) inspect(ctx context.Context, cs []Container) ([]runtime.Finding, uint64, error) {
+	features, err := s.features()
+	if err != nil {
+		return nil, 0, toStatus(err)
+	}
+	var findings []runtime.Finding
+	if features.CRIUVersion == "" {
+		findings = append(findings, runtime.Finding{Blocking: true, Code: "NoCRIU", FD: -1,
+			Message: "CRIU is not installed on this node, so no process can be dumped.", Cure: "Install CRIU 4.2.1 or later on every node."})
+	}
+	var rcs []runtime.Container
+	for _, c := range cs {
+		findings = append(findings, checkContainer(c)...)
+		c.Name = ""
+		rcs = append(rcs, c.Container)
+	}
+	report, err := s.c.Runtime.Preflight(ctx, rcs)
+	if err != nil {
+		return nil, 0, toStatus(fmt.Errorf("preflight: %w", err))
+	}
+	return append(findings, report.Findings...), report.MemoryBytes, nil
+}
+
+// runcShim is the only runtime that restores what this service writes.
+const runcShim = "io.containerd.runc.v2"
+
 // checkContainer finds what the description of a container already tells.
 func checkContainer(c Container) []runtime.Finding {
 	var out []runtime.Finding
@@ -71,6 +85,9 @@ func checkContainer(c Container) []runtime.Finding {
 	}
 	if c.TTY {
 		add(true, "TTY", "The container has a terminal, which belongs to this node.", "Run the container without tty.")
+	}
+	if c.Runtime != "" && c.Runtime != runcShim {
+		add(true, "Runtime", "The container runs with "+c.Runtime+", which does not restore with CRIU and runc.", "Use a runtime class of "+runcShim+".")
 	}
 	if c.UpperDir == "" {
 		add(true, "Snapshotter", "The writable layer of the container is not a directory of an overlay.", "Use containerd's overlayfs snapshotter for the runtime class of the pod.")

@@ -33,6 +33,8 @@ type restoreRecord struct {
 	Manifest   *checkpoint.Manifest
 	Digest     string
 	Bytes      uint64
+	// Sandbox is the pod that RestorePod has made, empty for a migration.
+	Sandbox string
 	// First is the ID of the container that has to be restored before the others,
 	// because it brings the System V IPC objects of the pod; often empty.
 	First string
@@ -61,6 +63,8 @@ type restoreSession struct {
 	firstDone chan struct{}
 	firstOnce sync.Once
 	firstOK   bool // Valid when firstDone is closed.
+	// started are the containers of a prepared pod for which StartContainer was called.
+	started map[string]bool
 }
 
 func (r *restoreSession) containerIDs() []string {
@@ -214,6 +218,11 @@ func (s *Service) receive(r *restoreSession, conn net.Conn) error {
 		}
 		return toStatus(err)
 	}
+	return s.accept(r, res, sink)
+}
+
+// accept verifies what was received, and makes it ready to be restored.
+func (s *Service) accept(r *restoreSession, res checkpoint.Result, sink *restoreSink) error {
 	if err := s.fits(r, res.Manifest, sink); err != nil {
 		return err
 	}
@@ -345,7 +354,7 @@ func (s *Service) restore(id string) (*restoreSession, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r := s.restores[id]
-	if r == nil {
+	if r == nil || r.Sandbox != "" {
 		return nil, status.Errorf(codes.NotFound, "no restore session %q", id)
 	}
 	return r, nil

@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -31,6 +32,7 @@ type Config struct {
 	// Dir holds the sessions. It survives a restart of the process, not of the node.
 	Dir        string
 	Containers Containers
+	Pods       Pods
 	Runtime    runtime.Runtime
 	Scratch    Scratch
 	// CheckImages decides whether CRIU may act on images from a stream.
@@ -236,6 +238,12 @@ func (s *Service) collect(ctx context.Context) {
 		}
 	}
 	for _, r := range rs {
+		if r.Sandbox != "" {
+			if err := s.collectPod(ctx, r); err != nil {
+				log.G(ctx).WithError(err).WithField("session", r.ID).Error("prepared pod can not be collected")
+			}
+			continue
+		}
 		if r.expired(s.c.ConnectTimeout) || s.gone(ctx, r.containerIDs()) {
 			log.G(ctx).WithField("session", r.ID).Info("collecting a restore session that nobody finished")
 			if err := s.endRestore(r); err != nil {
@@ -319,6 +327,9 @@ func precondition(format string, a ...any) error {
 func checkSession(id string) error {
 	if id == "" || len(id) > 256 {
 		return invalid("a session needs a name of 1 to 256 bytes, this one has %d", len(id))
+	}
+	if strings.HasPrefix(id, podPrefix) {
+		return invalid("names of sessions that begin with %s are taken", podPrefix)
 	}
 	return nil
 }

@@ -31,12 +31,16 @@ type world struct {
 	rt  fake.Runtime
 	// starting is called at the start of a restore.
 	starting func(context.Context)
+	// removing is called when a pod is removed.
+	removing func() error
 	// free is the memory of the node; 0 means enough.
 	free uint64
 
 	mu         sync.Mutex
 	containers map[string]Container
-	next       int
+	// sandboxes are the pods, by their ID, with the directory of each.
+	sandboxes map[string]string
+	next      int
 }
 
 func newWorld(t *testing.T) *world {
@@ -47,7 +51,7 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	w := &world{dir: dir, containers: map[string]Container{}}
+	w := &world{dir: dir, containers: map[string]Container{}, sandboxes: map[string]string{}}
 	w.rt.Exited = func(id string) { w.set(id, StateExited) }
 	return w
 }
@@ -97,6 +101,7 @@ func (w *world) pod(t *testing.T, n int, state State) migrationtest.Pod {
 		}
 		return d
 	}
+	w.sandboxes[fmt.Sprintf("sandbox%d", w.next)] = dir
 	p := migrationtest.Pod{SandboxID: fmt.Sprintf("sandbox%d", w.next), Volumes: []*migration.Volume{{Name: "data", HostPath: mkdir("data")}}}
 	for i := range n {
 		name := fmt.Sprintf("c%d", i)
@@ -119,7 +124,7 @@ func (w *world) pod(t *testing.T, n int, state State) migrationtest.Pod {
 
 func (w *world) serve(t *testing.T) (*Service, migration.MigrationServiceClient) {
 	t.Helper()
-	s, err := New(t.Context(), Config{Dir: filepath.Join(w.dir, "s"), Containers: w, Runtime: &w.rt, Scratch: Dir{}, CheckImages: func(string, criu.Confinement) error { return nil }, RuntimeName: "test", RuntimeVersion: "1",
+	s, err := New(t.Context(), Config{Dir: filepath.Join(w.dir, "s"), Containers: w, Pods: w, Runtime: &w.rt, Scratch: Dir{}, CheckImages: func(string, criu.Confinement) error { return nil }, RuntimeName: "test", RuntimeVersion: "1",
 		FreeMemory: func() (uint64, error) {
 			if w.free != 0 {
 				return w.free, nil
