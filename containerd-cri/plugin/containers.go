@@ -124,6 +124,11 @@ func (c *containers) Get(ctx context.Context, id string) (service.Container, err
 			if ns.Type == specs.PIDNamespace {
 				out.HostPID = ns.Path != ""
 			}
+			if ns.Type == specs.UTSNamespace && ns.Path != "" && out.State == service.StateCreated {
+				if out.HostName, out.DomainName, err = runc.HostName(ns.Path); err != nil {
+					return out, err
+				}
+			}
 		}
 		for _, d := range spec.Linux.Devices {
 			out.Devices = append(out.Devices, d.Path)

@@ -328,12 +328,17 @@ func (n *node) describePod(name string) *pod {
 func (n *node) runPod(name string) *pod {
 	n.t.Helper()
 	p := n.describePod(name)
-	r, err := n.RunPodSandbox(n.t.Context(), &cri.RunPodSandboxRequest{Config: p.config})
+	p.run()
+	return p
+}
+
+func (p *pod) run() {
+	p.n.t.Helper()
+	r, err := p.n.RunPodSandbox(p.n.t.Context(), &cri.RunPodSandboxRequest{Config: p.config})
 	if err != nil {
-		n.t.Fatal(err)
+		p.n.t.Fatal(err)
 	}
 	p.id = r.PodSandboxId
-	return p
 }
 
 func (p *pod) remove() {

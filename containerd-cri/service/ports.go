@@ -47,6 +47,9 @@ type Container struct {
 	Runtime string
 	// HostPID is set when the container has no PID namespace of its own.
 	HostPID bool
+	// HostName and DomainName are the pod's, of a created container with the UTS
+	// namespace of its pod. Others have no HostName.
+	HostName, DomainName string
 	// Confinement is what the processes of the container may.
 	Confinement criu.Confinement
 	// Devices are the device nodes the container was given beyond the usual ones.

@@ -280,11 +280,17 @@ func (s *Service) fits(r *restoreSession, m *checkpoint.Manifest, sink *restoreS
 	return nil
 }
 
-// confined checks what CRIU would do with the images, and gives the IPC objects of
-// the pod, which every image set holds, to one container.
+// confined checks what CRIU would do with the images, gives them the host name of this
+// pod, and the IPC objects, which every image set holds, to one container.
 func (s *Service) confined(r *restoreSession) (first string, err error) {
 	for _, c := range r.Containers {
 		if err := s.c.CheckImages(r.images(c.Name), c.Confinement); err != nil {
+			return "", fmt.Errorf("container %s: %w", c.Name, err)
+		}
+		if c.HostName == "" {
+			continue
+		}
+		if err := criu.SetHostName(r.images(c.Name), c.HostName, c.DomainName); err != nil {
 			return "", fmt.Errorf("container %s: %w", c.Name, err)
 		}
 	}

@@ -68,8 +68,8 @@ func pause() {
 }
 
 // serve keeps state and answers one line per connection on a Unix socket:
-// "count" the ticks since the start, "sum" a digest of the memory, "add FILE" appends
-// the count to a file, "pid" the process. It prints every tick to its log.
+// "count" the ticks since the start, "sum" a digest of the memory, "name" the host name,
+// "uptime" the milliseconds since the start. It prints every tick to its log.
 func serve(args []string) {
 	size, err := strconv.Atoi(args[1])
 	exitOn(err)
@@ -108,6 +108,10 @@ func serve(args []string) {
 				fmt.Fprintln(c, ticks)
 			case "sum\n":
 				fmt.Fprintf(c, "%x\n", sha256.Sum256(mem))
+			case "name\n":
+				name, err := os.Hostname()
+				exitOn(err)
+				fmt.Fprintln(c, name)
 			case "uptime\n":
 				fmt.Fprintln(c, time.Since(started).Milliseconds())
 			}

@@ -13,6 +13,7 @@ import (
 	criucore "github.com/checkpoint-restore/go-criu/v7/crit/images/criu-core"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/mnt"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/pagemap"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/utsns"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
@@ -442,4 +443,21 @@ func FuzzCheck(f *testing.F) {
 		check(t, os.WriteFile(filepath.Join(dir, "descriptors.json"), []byte("[]"), 0o600))
 		_ = Check(dir, confinement())
 	})
+}
+
+func TestSetHostName(t *testing.T) {
+	dir := t.TempDir()
+	entry := func(host, domain string) []byte {
+		return image(t, magicUTS, &utsns.UtsnsEntry{Nodename: proto.String(host), Domainname: proto.String(domain)})
+	}
+	put := func(name string, b []byte) { check(t, os.WriteFile(filepath.Join(dir, name), b, 0o600)) }
+	put("utsns-11.img", entry("source", "(none)"))
+	put("utsns-12.img", []byte("no image at all"))
+	put("inventory.img", []byte("kept"))
+	check(t, SetHostName(dir, "target", "example"))
+	for name, want := range map[string][]byte{"utsns-11.img": entry("target", "example"), "utsns-12.img": entry("target", "example"), "inventory.img": []byte("kept")} {
+		if got, err := os.ReadFile(filepath.Join(dir, name)); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s holds %q, %v", name, got, err)
+		}
+	}
 }
