@@ -97,7 +97,7 @@ func (g *grpcService) start(ctx context.Context) (*service.Service, error) {
 		CheckImages:    criu.Check,
 		RuntimeName:    "containerd",
 		RuntimeVersion: version.Version,
-		CRIUOptions:    runc.Options,
+		CRIUOptions:    runc.RestoreOptions,
 	})
 	if err != nil {
 		return nil, err

@@ -446,9 +446,6 @@ func (s *Service) RestoreContainer(ctx context.Context, q *migration.RestoreCont
 // resume restores one container and returns when its processes run.
 func (s *Service) resume(ctx context.Context, r *restoreSession, c *Container, b *barrier, work string) (err error) {
 	options := s.c.CRIUOptions
-	if s.tight(r.Manifest) {
-		options += criu.GiveBack
-	}
 	if b != nil {
 		// The end of the session is one of the barrier only: a restore that has passed it is left to end.
 		waits, stop := context.WithCancel(ctx)
@@ -489,17 +486,6 @@ func (s *Service) resume(ctx context.Context, r *restoreSession, c *Container, b
 		r.endFirst(true)
 	}
 	return err
-}
-
-// tight tells whether the node has not enough memory for the processes beside their
-// images. Giving pages back one by one costs a quarter of the time of a restore.
-func (s *Service) tight(m *checkpoint.Manifest) bool {
-	var need uint64
-	for _, c := range m.Containers {
-		need += c.MemoryBytes
-	}
-	free, err := s.c.FreeMemory()
-	return err != nil || free < need+need/8+memoryReserve
 }
 
 // undo ends the processes of a container that was restored in vain.

@@ -152,10 +152,6 @@ func (s *Store) remove() error {
 	return errors.Join(errs...)
 }
 
-// GiveBack is a line of CRIU's configuration: pages are given back to the node as they
-// are read, so that a restore does not need the memory of the processes twice.
-const GiveBack = "auto-dedup\n"
-
 // parentDir is where CRIU looks for the image set that another one builds on.
 const parentDir = "parent"
 

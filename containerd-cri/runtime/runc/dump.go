@@ -43,11 +43,11 @@ func (r *Runtime) Dump(ctx context.Context, c runtime.Container, m runtime.Memor
 		}
 	}
 	conf := filepath.Join(dir, "criu.conf")
-	if err := os.WriteFile(conf, []byte(Options), 0o600); err != nil {
+	if err := os.WriteFile(conf, []byte(dumpOptions), 0o600); err != nil {
 		return res, err
 	}
 	start := time.Now()
-	// What runc has a flag for it tells CRIU after CRIU has read Options: an absent
+	// What runc has a flag for it tells CRIU after CRIU has read dumpOptions: an absent
 	// flag would undo the option of a container that has moved before.
 	args := []string{"--root", c.OCIRoot, "checkpoint", "--leave-running", "--tcp-skip-in-flight", "--file-locks", "--image-path", images, "--work-path", work}
 	var said []byte

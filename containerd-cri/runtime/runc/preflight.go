@@ -18,7 +18,7 @@ import (
 )
 
 // ghostLimit is the size up to which a deleted but open file moves; it is also in
-// Options.
+// dumpOptions.
 const ghostLimit = 64 << 20
 
 // Preflight implements runtime.Runtime. It looks at every process of the containers
