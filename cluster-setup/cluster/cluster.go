@@ -183,7 +183,7 @@ func (c *Cluster) Kubeconfig() string { return filepath.Join(c.dir, "admin.conf"
 func (c *Cluster) Hub() netns.Machine { return c.machine(hubName) }
 
 func (c *Cluster) machine(name string) netns.Machine {
-	return netns.Machine{Name: name, Dir: c.machineDir(name), Cgroup: cgroupOfMachine(c.state.Name, name), Layout: c.layout}
+	return netns.Machine{Name: name, Dir: c.machineDir(name), Cgroup: c.cgroupOf(name), Layout: c.layout}
 }
 
 func (c *Cluster) machineDir(name string) string { return filepath.Join(c.dir, "machines", name) }

@@ -56,7 +56,7 @@ func (c *Cluster) startHub(ctx context.Context) error {
 		return err
 	}
 	spec := netns.Spec{
-		Name: hubName, Dir: c.machineDir(hubName), Cgroup: cgroupOfMachine(c.state.Name, hubName), Layout: c.layout,
+		Name: hubName, Dir: c.machineDir(hubName), Cgroup: c.cgroupOf(hubName), Layout: c.layout,
 		Supervision: components,
 	}
 	_, err = netns.Start(ctx, spec, func(pid int) error {

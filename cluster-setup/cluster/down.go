@@ -40,10 +40,10 @@ func Down(ctx context.Context, name, dir string) error {
 }
 
 func destroy(ctx context.Context, layout cgroup.Layout, name, dir string) error {
-	if err := layout.Kill(ctx, cgroupOf(name)); err != nil {
+	if err := layout.Kill(ctx, cgroupOf(name, dir)); err != nil {
 		return fmt.Errorf("end cluster: %w", err)
 	}
-	if err := layout.Remove(ctx, cgroupOf(name)); err != nil {
+	if err := layout.Remove(ctx, cgroupOf(name, dir)); err != nil {
 		return fmt.Errorf("end cluster: %w", err)
 	}
 	if err := releaseHost(ctx, layout); err != nil {

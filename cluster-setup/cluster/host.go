@@ -34,13 +34,13 @@ var touched = []string{
 }
 
 // prepareHost notes and raises settings and makes the cluster's control group, which tells others that the settings are in use.
-func prepareHost(layout cgroup.Layout, name string) error {
+func prepareHost(layout cgroup.Layout, name, dir string) error {
 	unlock, err := lockHost()
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	if err := layout.Create(cgroupOf(name)); err != nil {
+	if err := layout.Create(cgroupOf(name, dir)); err != nil {
 		return err
 	}
 	if err := noteSettings(); err != nil {

@@ -129,7 +129,7 @@ func (c *Cluster) startNode(ctx context.Context, p plan) error {
 		return err
 	}
 	spec := netns.Spec{
-		Name: p.name, Dir: c.machineDir(p.name), Cgroup: cgroupOfMachine(c.state.Name, p.name), Layout: c.layout,
+		Name: p.name, Dir: c.machineDir(p.name), Cgroup: c.cgroupOf(p.name), Layout: c.layout,
 		RootFS: c.state.RootFS, Binds: binds,
 		Supervision: []supervisor.Component{
 			{Name: Containerd, Args: []string{nodeBin + "/containerd"}, Log: "/var/log/podmig/containerd.log"},

@@ -7,6 +7,8 @@
 package cluster
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"net/netip"
 	"path/filepath"
@@ -76,8 +78,13 @@ func checkName(name string) error {
 // cgroupParent holds the control groups of all clusters of the machine.
 const cgroupParent = "/podmig"
 
-func cgroupOf(cluster string) string { return filepath.Join(cgroupParent, cluster) }
+// cgroupOf names the control group of a cluster after its folder, too: clusters of one name in two checkouts must not end each
+// other. dir is absolute.
+func cgroupOf(cluster, dir string) string {
+	sum := sha256.Sum256([]byte(dir))
+	return filepath.Join(cgroupParent, cluster+"-"+hex.EncodeToString(sum[:4]))
+}
 
-func cgroupOfMachine(cluster, machine string) string {
-	return filepath.Join(cgroupOf(cluster), machine)
+func (c *Cluster) cgroupOf(machine string) string {
+	return filepath.Join(cgroupOf(c.state.Name, c.dir), machine)
 }

@@ -115,3 +115,13 @@ func TestIsReady(t *testing.T) {
 		})
 	}
 }
+
+func TestClustersOfOneNameInTwoFoldersHaveTheirOwnControlGroups(t *testing.T) {
+	a, b := cgroupOf("e2e", "/src/a/.build/cluster/e2e"), cgroupOf("e2e", "/src/b/.build/cluster/e2e")
+	if a == b {
+		t.Errorf("both are in %s", a)
+	}
+	if again := cgroupOf("e2e", "/src/a/.build/cluster/e2e"); again != a {
+		t.Errorf("first %s, then %s", a, again)
+	}
+}

@@ -65,13 +65,13 @@ type traces struct {
 	namespaces []string
 }
 
-func tracesOf(t *testing.T, name string) traces {
+func tracesOf(t *testing.T, name, dir string) traces {
 	t.Helper()
 	layout, err := cgroup.Detect()
 	if err != nil {
 		t.Fatal(err)
 	}
-	pids, err := layout.PIDs(cgroupOf(name))
+	pids, err := layout.PIDs(cgroupOf(name, dir))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -152,7 +152,7 @@ func expectNothing(t *testing.T, name, dir, before string, left traces) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if layout.Exists(cgroupOf(name)) {
+	if layout.Exists(cgroupOf(name, dir)) {
 		t.Error("control groups are left")
 	}
 	for _, path := range []string{dir, lockPath(dir)} {
@@ -212,7 +212,7 @@ func TestCluster(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
-	left := tracesOf(t, name)
+	left := tracesOf(t, name, dir)
 	if len(left.processes) < 10 || len(left.namespaces) < 3*6 {
 		t.Fatalf("the cluster has only %d processes and %d namespaces", len(left.processes), len(left.namespaces))
 	}
@@ -500,7 +500,7 @@ func TestKilledUp(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			left := tracesOf(t, name)
+			left := tracesOf(t, name, dir)
 			if err := Down(t.Context(), name, dir); err != nil {
 				t.Fatal(err)
 			}

@@ -70,8 +70,8 @@ func Up(ctx context.Context, options Options) (_ *Cluster, err error) {
 	if _, err := os.Stat(filepath.Join(options.Dir, stateFile)); err == nil {
 		return nil, fmt.Errorf("cluster %s exists in %s already: use it, or take it down first", options.Name, options.Dir)
 	}
-	if layout.Exists(cgroupOf(options.Name)) {
-		return nil, fmt.Errorf("a cluster named %s runs from another folder: choose another name, or take it down first", options.Name)
+	if layout.Exists(cgroupOf(options.Name, options.Dir)) {
+		return nil, fmt.Errorf("processes of an earlier cluster %s of this folder still run: take it down first", options.Name)
 	}
 	if err := os.MkdirAll(options.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make cluster folder: %w", err)
@@ -97,7 +97,7 @@ func Up(ctx context.Context, options Options) (_ *Cluster, err error) {
 	fmt.Fprintf(show.out, "cluster %s: %d nodes, control groups %s, binaries of %s\n", options.Name, options.Nodes, layout.Mode, options.Bin)
 	var seeded bool
 	err = show.run(ctx, []action{
-		{"prepare host", func(context.Context) error { return prepareHost(layout, options.Name) }},
+		{"prepare host", func(context.Context) error { return prepareHost(layout, options.Name, options.Dir) }},
 		{"make certificates", func(context.Context) error { return c.makeCertificates() }},
 		{"start control plane", c.startHub},
 		{"take stored images", func(ctx context.Context) (err error) { seeded, err = c.seed(ctx, c.NodeNames()); return err }},
