@@ -46,7 +46,6 @@ var placed = map[string]string{
 	"kubelet.yaml.tmpl":    "/etc/kubernetes/kubelet.yaml",
 	"kube-proxy.yaml.tmpl": "/etc/kubernetes/kube-proxy.yaml",
 	"cni.conflist.tmpl":    "/etc/cni/net.d/10-podmig.conflist",
-	"runc.conf":            "/etc/criu/runc.conf",
 	"sysctl.conf":          "/etc/sysctl.d/90-podmig.conf",
 	"containerd.service":   "/etc/systemd/system/containerd.service",
 	"kubelet.service":      "/etc/systemd/system/kubelet.service",

@@ -92,7 +92,7 @@ func TestFilesOfAnOperatorsNode(t *testing.T) {
 	if strings.Contains(containerd, "restrict_oom_score_adj") || !strings.Contains(containerd, "SystemdCgroup = true") {
 		t.Errorf("containerd configuration does not fit a host with systemd:\n%s", containerd)
 	}
-	for _, path := range []string{"/etc/criu/runc.conf", "/etc/systemd/system/kubelet.service", "/etc/systemd/system/containerd.service"} {
+	for _, path := range []string{"/etc/systemd/system/kubelet.service", "/etc/systemd/system/containerd.service"} {
 		if files[path] == "" {
 			t.Errorf("%s is missing", path)
 		}

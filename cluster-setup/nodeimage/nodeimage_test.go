@@ -56,7 +56,7 @@ func TestPieces(t *testing.T) {
 		modes[header.Name] = header.Mode
 	}
 	for name, mode := range map[string]int64{
-		"usr/local/bin/kubelet": 0o755, "opt/cni/bin/ptp": 0o755, "etc/criu/runc.conf": 0o644, "etc/containerd/config.toml": 0o644,
+		"usr/local/bin/kubelet": 0o755, "opt/cni/bin/ptp": 0o755, "etc/containerd/config.toml": 0o644,
 		"etc/systemd/system/containerd.service": 0o644, "etc/kubernetes/kubelet.yaml": 0o644,
 	} {
 		if modes[name] != mode {
