@@ -138,6 +138,50 @@ func TestDumpFails(t *testing.T) {
 	n.clean()
 }
 
+// TestSocketBetweenContainers: every container is dumped by itself, so a connection to
+// another one of the pod is one to the outside, and is named before the freeze.
+func TestSocketBetweenContainers(t *testing.T) {
+	n := start(t)
+	src := n.runPod("sockets")
+	data := src.volume("data")
+	c := container{image: "podmig.test/workload:1", mounts: []*cri.Mount{data}}
+	c.name, c.command = "hub", []string{"/workload", "hub", "/data/hub.sock", "/s.sock", "1"}
+	src.start(c)
+	counted(t, src, "hub")
+	c.name, c.command = "client", []string{"/workload", "client", "/data/hub.sock", "/s.sock", "1"}
+	src.start(c)
+	counted(t, src, "client")
+	r, err := n.mig.PreflightPod(t.Context(), preflightReq(src))
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := map[string]bool{}
+	for _, f := range r.Findings {
+		if f.Code == "UnixSocketOutside" && f.Severity == migration.Finding_SEVERITY_BLOCKING {
+			found[f.ContainerId] = true
+		}
+	}
+	if !found[src.ids["hub"]] || !found[src.ids["client"]] {
+		t.Errorf("preflight found %v", r.Findings)
+	}
+	// What CRIU would have said.
+	p, err := n.mig.PrepareCheckpoint(t.Context(), checkpointRequest("sockets", src))
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, err := net.Dial("unix", strings.TrimPrefix(p.StreamAddress, "unix://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { _, _ = io.Copy(io.Discard, in) }()
+	if _, err = n.mig.FreezeCheckpoint(t.Context(), &migration.FreezeCheckpointRequest{SessionId: "sockets"}); err == nil || !strings.Contains(err.Error(), "sk-unix") {
+		t.Errorf("freeze: %v", err)
+	}
+	finish(t, n, "sockets", migration.Outcome_OUTCOME_RESUME)
+	counted(t, src, "hub", "client")
+	n.clean()
+}
+
 // rewrite changes one image of a stream and makes it valid again: a source that
 // lies.
 type rewrite struct {

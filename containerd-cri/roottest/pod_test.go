@@ -246,6 +246,44 @@ func TestCheckpointPodRefuses(t *testing.T) {
 	n.clean()
 }
 
+// TestCheckpointPodKilled ends containerd while a checkpoint is written. Afterwards the
+// pod runs on, and of the checkpoint nothing is left.
+func TestCheckpointPodKilled(t *testing.T) {
+	n := start(t)
+	src := n.runPod("pod-killed")
+	cs := twoCounters(src)
+	cs[0].command = serveArgs(300)
+	for _, c := range cs {
+		src.start(c)
+	}
+	counted(t, src, "a", "b")
+	dir := t.TempDir()
+	done := make(chan error)
+	go func() { done <- checkpointPod(t, src, dir) }()
+	eventually(t, "the checkpoint has begun", func() error {
+		_, err := os.Stat(filepath.Join(dir, "checkpoint.stream"))
+		return err
+	})
+	n.restart()
+	if err := <-done; err == nil {
+		t.Error("the checkpoint was complete before the end of containerd")
+	}
+	at, err := ask(src, "a", "count")
+	if err != nil {
+		t.Error(err)
+	}
+	eventually(t, "the pod runs on", func() error {
+		if k, err := ask(src, "a", "count"); err != nil || k <= at {
+			return fmt.Errorf("%d ticks after %d, %v", k, at, err)
+		}
+		return nil
+	})
+	if files, err := os.ReadDir(dir); err != nil || len(files) != 0 {
+		t.Errorf("%v in the directory, %v", files, err)
+	}
+	n.clean()
+}
+
 // TestRestorePodRefuses asks for restores that must fail, and finds no pod afterwards.
 func TestRestorePodRefuses(t *testing.T) {
 	n := start(t)

@@ -36,6 +36,21 @@ func main() {
 		_, err := lc.Listen(context.Background(), "tcp", "127.0.0.1:0")
 		exitOn(err)
 		serve(os.Args[2:])
+	case "hub":
+		// Keeps connections from elsewhere.
+		l, err := net.Listen("unix", os.Args[2])
+		exitOn(err)
+		go func() {
+			for {
+				_, err := l.Accept()
+				exitOn(err)
+			}
+		}()
+		serve(os.Args[3:])
+	case "client":
+		_, err := net.Dial("unix", os.Args[2])
+		exitOn(err)
+		serve(os.Args[3:])
 	case "sysv":
 		sysv(os.Args[2])
 	case "dirty":

@@ -26,23 +26,17 @@ const ghostLimit = 64 << 20
 // word. It never stops a process: sockets are inspected through duplicates.
 func (r *Runtime) Preflight(ctx context.Context, cs []runtime.Container) (runtime.Report, error) {
 	var report runtime.Report
-	pod := map[int]bool{}
-	pids := make([][]int, len(cs))
-	for i, c := range cs {
+	for _, c := range cs {
 		f, err := r.cgroups.of(c)
 		if err != nil {
 			return report, err
 		}
-		if pids[i], err = f.pids(); err != nil {
+		pids, err := f.pids()
+		if err != nil {
 			return report, err
 		}
-		for _, p := range pids[i] {
-			pod[p] = true
-		}
-	}
-	for i, c := range cs {
-		s := &scan{c: c, pod: pod, proc: r.cgroups.procDir(), report: &report}
-		s.container(pids[i])
+		s := &scan{c: c, pids: pids, proc: r.cgroups.procDir(), report: &report}
+		s.container()
 		if err := ctx.Err(); err != nil {
 			return report, err
 		}
@@ -53,7 +47,7 @@ func (r *Runtime) Preflight(ctx context.Context, cs []runtime.Container) (runtim
 // scan inspects one container.
 type scan struct {
 	c      runtime.Container
-	pod    map[int]bool // all processes of the pod
+	pids   []int // the processes of the container
 	proc   string
 	report *runtime.Report
 	// established counts connections; the first few are named.
@@ -70,15 +64,15 @@ func (s *scan) path(pid int, elem ...string) string {
 	return filepath.Join(append([]string{s.proc, strconv.Itoa(pid)}, elem...)...)
 }
 
-func (s *scan) container(pids []int) {
-	for _, pid := range pids {
+func (s *scan) container() {
+	for _, pid := range s.pids {
 		st := s.status(pid)
 		s.report.MemoryBytes += (st["RssAnon"] + st["RssShmem"] + st["VmSwap"]) << 10
 		if t := st["TracerPid"]; t != 0 {
 			s.add(true, pid, -1, "Traced", fmt.Sprintf("The process is traced by process %d, and only one tracer is possible.", t), "End the debugger or tracer.")
 		}
 		// An exec session's first process is no descendant of the container's.
-		if parent := int(st["PPid"]); pid != s.c.Pid && !slices.Contains(pids, parent) {
+		if parent := int(st["PPid"]); pid != s.c.Pid && !slices.Contains(s.pids, parent) {
 			s.add(true, pid, -1, "ExecSession", fmt.Sprintf("The process %s was started by exec and belongs to somebody outside the container.", s.name(pid)), "End kubectl exec sessions and exec probes of the pod, then try again.")
 		}
 		s.namespaces(pid)
@@ -297,13 +291,14 @@ func (s *scan) socket(pidfd, pid, fd int) {
 	}
 }
 
-// unixSocket finds connections that leave the pod.
+// unixSocket finds connections that leave the container: each is dumped by itself, so
+// the other containers of the pod are elsewhere, too.
 func (s *scan) unixSocket(dup, pid, fd int) {
 	if _, err := unix.Getpeername(dup); err != nil {
 		return
 	}
 	cred, err := unix.GetsockoptUcred(dup, unix.SOL_SOCKET, unix.SO_PEERCRED)
-	if err != nil || cred.Pid <= 0 || s.pod[int(cred.Pid)] {
+	if err != nil || cred.Pid <= 0 || slices.Contains(s.pids, int(cred.Pid)) {
 		return
 	}
 	// The peer is named by who connected or listened. If that process has ended, a
@@ -311,7 +306,7 @@ func (s *scan) unixSocket(dup, pid, fd int) {
 	if _, err := os.Stat(s.path(int(cred.Pid))); errors.Is(err, fs.ErrNotExist) {
 		return
 	}
-	s.add(true, pid, fd, "UnixSocketOutside", fmt.Sprintf("The process %s is connected by a unix socket to process %d (%s), which is not in the pod.", s.name(pid), cred.Pid, s.name(int(cred.Pid))), "Close the connection; sockets of the node that are mounted into a pod tie it to the node.")
+	s.add(true, pid, fd, "UnixSocketOutside", fmt.Sprintf("The process %s is connected by a unix socket to process %d (%s), which is not in its container.", s.name(pid), cred.Pid, s.name(int(cred.Pid))), "Close the connection, or use TCP between the containers of the pod; sockets of the node tie a pod to its node.")
 }
 
 // localAddress returns " on ADDRESS" for an IP socket.

@@ -19,8 +19,8 @@ func own(t *testing.T) *runtime.Report {
 	t.Helper()
 	pid := os.Getpid()
 	report := &runtime.Report{}
-	s := &scan{c: runtime.Container{ID: "own", Pid: pid}, pod: map[int]bool{pid: true}, proc: "/proc", report: report}
-	s.container([]int{pid})
+	s := &scan{c: runtime.Container{ID: "own", Pid: pid}, pids: []int{pid}, proc: "/proc", report: report}
+	s.container()
 	return report
 }
 
