@@ -32,9 +32,13 @@ type Store struct {
 type pageFile struct {
 	path  string
 	f     *os.File
-	index checkpoint.Index
+	index *checkpoint.Index
 	next  int64 // pages in the file
 }
+
+// maxPieces bounds the memory of the indexes: some 50 MiB for a process whose every
+// second page of eight gigabytes exists.
+const maxPieces = 1 << 20
 
 var _ checkpoint.PartSink = (*Store)(nil)
 
@@ -42,7 +46,7 @@ var _ checkpoint.PartSink = (*Store)(nil)
 func NewStore(dir, name string) (*Store, error) {
 	s := &Store{name: name}
 	for file, p := range map[string]*pageFile{".base": &s.base, ".rest": &s.rest} {
-		p.path = filepath.Join(dir, name+file)
+		p.path, p.index = filepath.Join(dir, name+file), checkpoint.NewIndex()
 		f, err := os.OpenFile(p.path, os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
 		if err != nil {
 			s.Abort()
@@ -67,6 +71,8 @@ func (s *Store) Pages(_ uint32, addr uint64, count uint32, b []byte) error {
 		switch {
 		case known:
 			err = p.replace(at, size, part)
+		case s.base.index.Len()+s.rest.index.Len() >= maxPieces:
+			err = fmt.Errorf("%w: memory in more than %d pieces", checkpoint.ErrFormat, maxPieces)
 		case addr >= s.base.index.End():
 			err = s.base.append(addr, n, part)
 		default:

@@ -39,7 +39,7 @@ type tracker struct {
 // process is what was sent of one process.
 type process struct {
 	part  *checkpoint.PartWriter
-	index checkpoint.Index
+	index *checkpoint.Index
 	sums  []*[chunk]uint64
 	next  int64 // pages that have a sum
 }
@@ -90,7 +90,7 @@ func (t *tracker) part(out *checkpoint.Writer, pid int) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &process{part: w}
+	p := &process{part: w, index: checkpoint.NewIndex()}
 	t.processes[pid] = p
 	return p, nil
 }
