@@ -211,7 +211,10 @@ func (s *suite) record(id string, p Pod) ([]byte, *migration.FreezeCheckpointRes
 		data <- b
 	}()
 	r, err := s.freeze(id)
-	in.Close()
+	if err != nil {
+		in.Close()
+	}
+	// What was sent may still be on its way.
 	b := <-data
 	s.must(err)
 	return b, r
