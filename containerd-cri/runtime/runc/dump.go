@@ -216,14 +216,8 @@ func (r *Runtime) Recover(ctx context.Context, c runtime.Container, dir string) 
 }
 
 func recoverDump(ctx context.Context, c runtime.Container, file string) error {
-	b, err := os.ReadFile(file)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	} else if err != nil {
-		return err
-	}
-	pid, err := strconv.Atoi(string(b))
-	if err != nil {
+	pid, err := dumpPid(c, file)
+	if err != nil || pid == 0 {
 		return err
 	}
 	pidfd, err := unix.PidfdOpen(pid, 0)
@@ -234,8 +228,7 @@ func recoverDump(ctx context.Context, c runtime.Container, file string) error {
 	}
 	defer unix.Close(pidfd)
 	// The number may belong to another process by now.
-	cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil || !bytes.Contains(cmdline, []byte("checkpoint\x00")) || !bytes.Contains(cmdline, []byte(c.ID)) {
+	if !dumps(pid, c) {
 		return nil
 	}
 	done := make(chan error, 1)
@@ -256,4 +249,33 @@ func recoverDump(ctx context.Context, c runtime.Container, file string) error {
 		}()
 	}()
 	return <-done
+}
+
+// dumpPid returns the process of a dump, 0 when there is none. When this process ended
+// after it had started the dump and before it could note its number, all processes are
+// looked through: a dump that nobody knows of would freeze the container later.
+func dumpPid(c runtime.Container, file string) (int, error) {
+	b, err := os.ReadFile(file)
+	if pid, perr := strconv.Atoi(string(b)); err == nil && perr == nil {
+		return pid, nil
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return 0, err
+	}
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return 0, err
+	}
+	for _, e := range entries {
+		if pid, err := strconv.Atoi(e.Name()); err == nil && dumps(pid, c) {
+			return pid, nil
+		}
+	}
+	return 0, nil
+}
+
+// dumps tells whether a process is the OCI runtime that dumps a container.
+func dumps(pid int, c runtime.Container) bool {
+	cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	return err == nil && bytes.Contains(cmdline, []byte("\x00checkpoint\x00")) && bytes.HasSuffix(cmdline, []byte("\x00"+c.ID+"\x00"))
 }
