@@ -203,6 +203,7 @@ func (r *Runtime) Freeze(ctx context.Context, cs []runtime.Container) (err error
 		}
 		own = append(own, f)
 	}
+	r.awaitVisitors(ctx, cs, own)
 	defer func() {
 		if err != nil {
 			for _, f := range own {

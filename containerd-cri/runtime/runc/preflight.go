@@ -41,8 +41,25 @@ func (r *Runtime) Preflight(ctx context.Context, cs []runtime.Container) (runtim
 			return report, err
 		}
 	}
-	return report, nil
+	leave(ctx, &report)
+	return report, ctx.Err()
 }
+
+// leave takes back what was found in visitors that end soon.
+func leave(ctx context.Context, report *runtime.Report) {
+	var guests []int
+	for _, f := range report.Findings {
+		if f.Code == codeExec {
+			guests = append(guests, f.Pid)
+		}
+	}
+	stay := awaitEnd(ctx, guests, visitPreflight)
+	report.Findings = slices.DeleteFunc(report.Findings, func(f runtime.Finding) bool {
+		return slices.Contains(guests, f.Pid) && !slices.Contains(stay, f.Pid)
+	})
+}
+
+const codeExec = "ExecSession"
 
 // scan inspects one container.
 type scan struct {
@@ -71,9 +88,8 @@ func (s *scan) container() {
 		if t := st["TracerPid"]; t != 0 {
 			s.add(true, pid, -1, "Traced", fmt.Sprintf("The process is traced by process %d, and only one tracer is possible.", t), "End the debugger or tracer.")
 		}
-		// An exec session's first process is no descendant of the container's.
-		if parent := int(st["PPid"]); pid != s.c.Pid && !slices.Contains(s.pids, parent) {
-			s.add(true, pid, -1, "ExecSession", fmt.Sprintf("The process %s was started by exec and belongs to somebody outside the container.", s.name(pid)), "End kubectl exec sessions and exec probes of the pod, then try again.")
+		if visitor(s.c, s.pids, pid, int(st["PPid"])) {
+			s.add(true, pid, -1, codeExec, fmt.Sprintf("The process %s was started by exec and belongs to somebody outside the container.", s.name(pid)), "End kubectl exec sessions and exec probes of the pod, then try again.")
 		}
 		s.namespaces(pid)
 		s.maps(pid)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"testing"
@@ -237,5 +238,45 @@ func TestLimits(t *testing.T) {
 	}
 	if _, _, err := limits("/proc/self/limits", 99); err == nil {
 		t.Error("a resource that does not exist has limits")
+	}
+}
+
+// TestVisitors: what exec has started is a finding only when it stays.
+func TestVisitors(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		stay bool
+	}{{"one that ends", false}, {"one that stays", true}} {
+		t.Run(tc.name, func(t *testing.T) {
+			cmd := exec.Command("cat")
+			end, err := cmd.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			var report runtime.Report
+			// The container of which cat is a process has another first one.
+			s := &scan{c: runtime.Container{ID: "own", Pid: 1}, pids: []int{cmd.Process.Pid}, proc: "/proc", report: &report}
+			s.container()
+			if got := codes(&report, -1); !slices.Contains(got, codeExec) {
+				t.Fatalf("found %v", got)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+			defer cancel()
+			if !tc.stay {
+				ctx = t.Context()
+				end.Close()
+			}
+			leave(ctx, &report)
+			if got := slices.Contains(codes(&report, -1), codeExec); got != tc.stay {
+				t.Errorf("found %v", report.Findings)
+			}
+			end.Close()
+			if err := cmd.Wait(); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
