@@ -26,6 +26,7 @@ const ghostLimit = 64 << 20
 // word. It never stops a process: sockets are inspected through duplicates.
 func (r *Runtime) Preflight(ctx context.Context, cs []runtime.Container) (runtime.Report, error) {
 	var report runtime.Report
+	tcp := connections{}
 	for _, c := range cs {
 		f, err := r.cgroups.of(c)
 		if err != nil {
@@ -35,13 +36,14 @@ func (r *Runtime) Preflight(ctx context.Context, cs []runtime.Container) (runtim
 		if err != nil {
 			return report, err
 		}
-		s := &scan{c: c, pids: pids, proc: r.cgroups.procDir(), report: &report}
+		s := &scan{c: c, pids: pids, proc: r.cgroups.procDir(), report: &report, tcp: tcp}
 		s.container()
 		if err := ctx.Err(); err != nil {
 			return report, err
 		}
 	}
 	leave(ctx, &report)
+	tcp.report(&report)
 	return report, ctx.Err()
 }
 
@@ -67,8 +69,7 @@ type scan struct {
 	pids   []int // the processes of the container
 	proc   string
 	report *runtime.Report
-	// established counts connections; the first few are named.
-	established int
+	tcp    connections
 }
 
 func (s *scan) add(blocking bool, pid, fd int, code, message, cure string) {
@@ -94,9 +95,6 @@ func (s *scan) container() {
 		s.namespaces(pid)
 		s.maps(pid)
 		s.files(pid)
-	}
-	if s.established > namedConnections {
-		s.add(false, 0, -1, "EstablishedTCP", fmt.Sprintf("%d more TCP connections are established and will be closed by the move.", s.established-namedConnections), "Clients have to connect again.")
 	}
 }
 
@@ -263,9 +261,6 @@ func movableDevice(major, minor uint32) bool {
 	return major >= 136 && major <= 143
 }
 
-// namedConnections is how many connections of a container are named one by one.
-const namedConnections = 8
-
 const protoMPTCP = 262
 
 func (s *scan) socket(pidfd, pid, fd int) {
@@ -288,12 +283,10 @@ func (s *scan) socket(pidfd, pid, fd int) {
 	case unix.AF_INET, unix.AF_INET6:
 		switch proto {
 		case protoMPTCP:
-			s.add(true, pid, fd, "MPTCP", fmt.Sprintf("The process %s has a multipath TCP socket%s, which CRIU can not dump.", s.name(pid), localAddress(dup)), "Set GODEBUG=multipathtcp=0 in the environment of Go programs, or turn multipath TCP off.")
+			s.add(true, pid, fd, "MPTCP", fmt.Sprintf("The process %s has a multipath TCP socket on %s, which CRIU can not dump.", s.name(pid), address(unix.Getsockname(dup))), "Set GODEBUG=multipathtcp=0 in the environment of Go programs, or turn multipath TCP off.")
 		case unix.IPPROTO_TCP:
 			if info, err := unix.GetsockoptTCPInfo(dup, unix.IPPROTO_TCP, unix.TCP_INFO); err == nil && info.State == 1 {
-				if s.established++; s.established <= namedConnections {
-					s.add(false, pid, fd, "EstablishedTCP", fmt.Sprintf("The TCP connection%s of process %s is established and will be closed by the move.", localAddress(dup), s.name(pid)), "The other side has to connect again.")
-				}
+				s.tcp.add(dup)
 			}
 		case unix.IPPROTO_UDP, unix.IPPROTO_UDPLITE, unix.IPPROTO_ICMP, unix.IPPROTO_ICMPV6:
 		default:
@@ -323,19 +316,4 @@ func (s *scan) unixSocket(dup, pid, fd int) {
 		return
 	}
 	s.add(true, pid, fd, "UnixSocketOutside", fmt.Sprintf("The process %s is connected by a unix socket to process %d (%s), which is not in its container.", s.name(pid), cred.Pid, s.name(int(cred.Pid))), "Close the connection, or use TCP between the containers of the pod; sockets of the node tie a pod to its node.")
-}
-
-// localAddress returns " on ADDRESS" for an IP socket.
-func localAddress(fd int) string {
-	sa, err := unix.Getsockname(fd)
-	if err != nil {
-		return ""
-	}
-	switch a := sa.(type) {
-	case *unix.SockaddrInet4:
-		return fmt.Sprintf(" on %d.%d.%d.%d:%d", a.Addr[0], a.Addr[1], a.Addr[2], a.Addr[3], a.Port)
-	case *unix.SockaddrInet6:
-		return fmt.Sprintf(" on port %d", a.Port)
-	}
-	return ""
 }

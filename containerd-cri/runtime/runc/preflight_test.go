@@ -2,11 +2,13 @@ package runc
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -20,8 +22,9 @@ func own(t *testing.T) *runtime.Report {
 	t.Helper()
 	pid := os.Getpid()
 	report := &runtime.Report{}
-	s := &scan{c: runtime.Container{ID: "own", Pid: pid}, pids: []int{pid}, proc: "/proc", report: report}
+	s := &scan{c: runtime.Container{ID: "own", Pid: pid}, pids: []int{pid}, proc: "/proc", report: report, tcp: connections{}}
 	s.container()
+	s.tcp.report(report)
 	return report
 }
 
@@ -87,22 +90,6 @@ func TestFindings(t *testing.T) {
 		{"a multipath TCP socket", func(t *testing.T) int { return socket(t, unix.AF_INET, unix.SOCK_STREAM, protoMPTCP) }, "MPTCP"},
 		{"a TCP socket", func(t *testing.T) int { return socket(t, unix.AF_INET, unix.SOCK_STREAM, 0) }, ""},
 		{"a UDP socket", func(t *testing.T) int { return socket(t, unix.AF_INET6, unix.SOCK_DGRAM, 0) }, ""},
-		{"an established connection", func(t *testing.T) int {
-			l, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { l.Close() })
-			c, err := net.Dial("tcp", l.Addr().String())
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { c.Close() })
-			raw, _ := c.(*net.TCPConn).SyscallConn()
-			var fd int
-			_ = raw.Control(func(f uintptr) { fd = int(f) })
-			return fd
-		}, "EstablishedTCP"},
 		{"a null device", func(t *testing.T) int { return open(t, "/dev/null") }, ""},
 		{"an eventfd", func(t *testing.T) int {
 			fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
@@ -128,6 +115,54 @@ func TestFindings(t *testing.T) {
 				t.Errorf("found %v, want %q", got, tc.want)
 			}
 		})
+	}
+}
+
+// TestConnections makes connections, of which this process has both ends, and expects
+// one finding with their number and where they are.
+func TestConnections(t *testing.T) {
+	established := func() string {
+		var found []string
+		for _, f := range own(t).Findings {
+			if f.Code == "EstablishedTCP" {
+				if f.Blocking || f.Cure == "" {
+					t.Errorf("%+v", f)
+				}
+				found = append(found, f.Message)
+			}
+		}
+		if len(found) > 1 {
+			t.Errorf("%d findings: %q", len(found), found)
+		}
+		return strings.Join(found, "")
+	}
+	if got := established(); got != "" {
+		t.Errorf("without connections: %s", got)
+	}
+	for n, where := range []string{"tcp4 127.0.0.1:0", "tcp6 [::1]:0", "tcp 127.0.0.1:0"} {
+		network, host, _ := strings.Cut(where, " ")
+		l, err := net.Listen(network, host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		c, err := net.Dial(network, l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		a, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { a.Close() })
+		want := fmt.Sprintf("%d TCP connections are established", n+1)
+		if n == 0 {
+			want = "The TCP connection between 127.0.0.1:"
+		}
+		if got := established(); !strings.HasPrefix(got, want) {
+			t.Errorf("%d: %s, want %s", n, got, want)
+		}
 	}
 }
 
