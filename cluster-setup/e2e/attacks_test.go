@@ -255,6 +255,7 @@ func TestSessionsBelongToTheNodeOfTheClone(t *testing.T) {
 	undisturbed(ctx, t, k, p, before)
 
 	// A clone for node3, which node2 wants to have.
+	nodeThatMoves(ctx, t, k, node3)
 	o := clone.Options{Name: p.Name + "-clone", Node: node3}
 	if err := k.Clone(ctx, p.Name, o, bindTo(node3)); err != nil {
 		t.Fatal(err)
@@ -313,7 +314,30 @@ func TestSessionsBelongToTheNodeOfTheClone(t *testing.T) {
 	}
 }
 
-// bindTo puts a clone on a node that need not exist.
+// nodeThatMoves makes a node without a kubelet, which declares that it can move pods,
+// until the test ends.
+func nodeThatMoves(ctx context.Context, t *testing.T, k *kit.Kit, name string) *v1.Node {
+	t.Helper()
+	nodes := k.Client.CoreV1().Nodes()
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if err := nodes.Delete(ctx, name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+			t.Error(err)
+		}
+	})
+	n, err := nodes.Create(ctx, &v1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Status.DeclaredFeatures = []string{"PodMigration"}
+	if n, err = nodes.UpdateStatus(ctx, n, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// bindTo puts a clone on a node without asking the scheduler.
 func bindTo(node string) func(*unstructured.Unstructured) {
 	return func(u *unstructured.Unstructured) {
 		_ = unstructured.SetNestedField(u.Object, node, "spec", "nodeName")
@@ -398,6 +422,15 @@ func TestOnlyNodesMayAskForPods(t *testing.T) {
 				}
 				t.Errorf("%s, %s: status %d: %s", tc.name, v, code, b)
 			}
+		}
+	}
+	// The kubelet has refused these itself, each with one line for all that was asked.
+	for _, words := range [][]string{
+		{`caller=""`, `code="unknown-caller"`}, {`caller="peter"`, `code="forbidden"`}, {`caller="nobody"`, `code="forbidden"`},
+	} {
+		words = append(words, "Refused migration request", "remote=")
+		if n := logged(t, node1, words...); n != 1 {
+			t.Errorf("the kubelet has logged %d lines with %q", n, words)
 		}
 	}
 	undisturbed(ctx, t, k, p, before)

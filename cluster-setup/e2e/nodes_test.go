@@ -15,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -24,8 +25,10 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"podmig.dev/podmig/cluster-setup/cluster"
+	"podmig.dev/podmig/cluster-setup/kit"
 	"podmig.dev/podmig/cluster-setup/pki"
 	"podmig.dev/podmig/cluster-setup/supervisor"
+	"podmig.dev/podmig/tools/clone"
 )
 
 // inNode runs a shell script in a node.
@@ -145,15 +148,55 @@ func TestTargetsThatCannotTakeThePodAreRefused(t *testing.T) {
 	})
 	t.Run("gate off", func(t *testing.T) {
 		back := change(ctx, t, node2, gateOff, gateOn, cluster.Kubelet)
-		refused(ctx, t, k, p.Name, "c-gate", node2, []string{"PodMigration is switched off on node node2", "switch the feature gate PodMigration on there"})
-		back()
+		nodeDeclares(ctx, t, k, false)
+		const words = `node "node2" cannot take over pods: its status does not declare the feature PodMigration`
+		denied(t, k.Clone(ctx, p.Name, clone.Options{Name: "c-created", Node: node2}, bindTo(node2)), words)
+		// The scheduler does not choose it; who does so in its place is refused.
+		if err := k.Clone(ctx, p.Name, clone.Options{Name: "c-gate", Node: node2}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := k.WaitPod(ctx, "c-gate", "unschedulable", func(p *v1.Pod) (bool, error) {
+			c := kit.Condition(p, string(v1.PodScheduled))
+			return c != nil && c.Reason == v1.PodReasonUnschedulable && strings.Contains(c.Message, "didn't match Pod's required features"), nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		denied(t, k.Client.CoreV1().Pods(k.Namespace).Bind(ctx, &v1.Binding{
+			ObjectMeta: metav1.ObjectMeta{Name: "c-gate"}, Target: v1.ObjectReference{Kind: "Node", Name: node2},
+		}, metav1.CreateOptions{}), words)
 		undisturbed(ctx, t, k, p, before)
+
+		// A gate can be switched off after the clone was bound: then the kubelet refuses it.
+		n, err := k.Client.CoreV1().Nodes().Get(ctx, node2, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.Status.DeclaredFeatures = slices.Sorted(slices.Values(append(n.Status.DeclaredFeatures, "PodMigration")))
+		if _, err := k.Client.CoreV1().Nodes().UpdateStatus(ctx, n, metav1.UpdateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		expectRefusal(ctx, t, k, "c-gate", []string{"PodMigration is switched off on node node2", "switch the feature gate PodMigration on there"})
+		undisturbed(ctx, t, k, p, before)
+		back()
+		nodeDeclares(ctx, t, k, true)
 	})
 	// Nothing of all this has done the pod any harm.
 	p = move(ctx, t, k, p.Name, "counter-9", node2)
 	if after := getJSON[counterState](ctx, t, p, 8080, "/status"); after.PID != before.PID || !after.Started.Equal(before.Started) {
 		t.Errorf("before %+v, after %+v", before, after)
 	}
+}
+
+// nodeDeclares waits until the kubelet of node2 has said whether it can move pods.
+func nodeDeclares(ctx context.Context, t *testing.T, k *kit.Kit, want bool) {
+	t.Helper()
+	until(ctx, t, fmt.Sprintf("%s declares the feature: %t", node2, want), func() error {
+		n, err := k.Client.CoreV1().Nodes().Get(ctx, node2, metav1.GetOptions{})
+		if err == nil && slices.Contains(n.Status.DeclaredFeatures, "PodMigration") != want {
+			err = fmt.Errorf("it declares %v", n.Status.DeclaredFeatures)
+		}
+		return err
+	})
 }
 
 // The gate of a kubelet is in its configuration.
@@ -229,7 +272,7 @@ func TestAnotherProtocolVersionIsRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	nodes := k.Client.CoreV1().Nodes()
+	n := nodeThatMoves(ctx, t, k, node3)
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
@@ -237,17 +280,10 @@ func TestAnotherProtocolVersionIsRefused(t *testing.T) {
 		if _, err := k.Kubectl(ctx, "delete", "pod", "counter-0", "--grace-period=0", "--force"); err != nil {
 			t.Error(err)
 		}
-		if err := nodes.Delete(ctx, node3, metav1.DeleteOptions{}); err != nil {
-			t.Error(err)
-		}
 	})
-	n, err := nodes.Create(ctx, &v1.Node{ObjectMeta: metav1.ObjectMeta{Name: node3}}, metav1.CreateOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
 	n.Status.Addresses = []v1.NodeAddress{{Type: v1.NodeInternalIP, Address: hub}}
 	n.Status.DaemonEndpoints.KubeletEndpoint.Port = int32(port)
-	if _, err := nodes.UpdateStatus(ctx, n, metav1.UpdateOptions{}); err != nil {
+	if _, err := k.Client.CoreV1().Nodes().UpdateStatus(ctx, n, metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if err := k.Create(ctx, strings.Replace(counterPod(""), "nodeName: node1", "nodeName: "+node3, 1)); err != nil {

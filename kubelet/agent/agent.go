@@ -57,6 +57,9 @@ type Config struct {
 	DialStream func(ctx context.Context, address string) (StreamConn, error)
 	Metrics    *Metrics
 	Deadlines  migration.Deadlines
+	// Draining is set where migrations are switched off: what the journal knows is brought
+	// to its end, and nothing new begins.
+	Draining bool
 	// Point, if set, is called by the loops before each effect with the name of the
 	// effect, for example "source.freeze" or "target.call-commit". Tests use it to stop
 	// a migration at a place of their choice; see kubelet/inject.
@@ -126,6 +129,13 @@ func (a *Agent) Recover() error {
 	}
 	a.cfg.Guard.Ready()
 	return nil
+}
+
+// Knows tells whether a clone has a migration on this node, running or over.
+func (a *Agent) Knows(cloneUID string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.targets[cloneUID] != nil
 }
 
 // Close ends every goroutine of the agent. Migrations that run go on from the

@@ -156,7 +156,7 @@ func TestRefusals(t *testing.T) {
 		text   string
 	}{
 		{"no source", func(w *world) { w.put("clone", "b", "nobody") }, "SourceLost", `no pod "nobody"`},
-		{"same node", func(w *world) { w.put("other", "b", ""); w.put("clone", "b", "other") }, "SourceRefused", "place the clone on another node"},
+		{"same node", func(w *world) { w.put("other", "b", ""); w.put("clone", "b", "other") }, "TargetUnfit", "place the clone on another node"},
 		{"other image", func(w *world) { w.pods["source"].Spec.Containers[0].Image = "image:2" }, "SourceRefused", "image"},
 		{"not running", func(w *world) { w.pods["source"].Status.Phase = v1.PodSucceeded }, "SourceRefused", "not Running"},
 		{"no extension", func(w *world) {
@@ -171,10 +171,12 @@ func TestRefusals(t *testing.T) {
 			w.nodes["b"].runtime.Fail = func(context.Context, string, string) error {
 				return status.Error(codes.Unimplemented, "unknown service")
 			}
-		}, "SourceRefused", "cannot move pods"},
-		{"CPU feature", func(w *world) { w.nodes["a"].runtime.FeaturesReply.CpuFeatures = []string{"fpu", "avx512f"} }, "SourceRefused", "lacks avx512f"},
-		{"architecture", func(w *world) { w.nodes["a"].runtime.FeaturesReply.Architecture = "arm64" }, "SourceRefused", "arm64"},
-		{"stream version", func(w *world) { w.nodes["a"].runtime.FeaturesReply.StreamVersions = []uint32{9} }, "SourceRefused", "stream versions"},
+		}, "TargetUnfit", "cannot move pods"},
+		{"no CRIU on the target", func(w *world) { w.nodes["b"].runtime.FeaturesReply.CriuVersion = "" }, "TargetUnfit", "no CRIU on node b"},
+		{"too little memory on the target", func(w *world) { w.nodes["b"].memory = 1 }, "TargetUnfit", "has 0 MiB"},
+		{"CPU feature", func(w *world) { w.nodes["a"].runtime.FeaturesReply.CpuFeatures = []string{"fpu", "avx512f"} }, "TargetUnfit", "lacks avx512f"},
+		{"architecture", func(w *world) { w.nodes["a"].runtime.FeaturesReply.Architecture = "arm64" }, "TargetUnfit", "arm64"},
+		{"stream version", func(w *world) { w.nodes["a"].runtime.FeaturesReply.StreamVersions = []uint32{9} }, "TargetUnfit", "stream versions"},
 		{"no CRIU", func(w *world) { w.nodes["a"].runtime.FeaturesReply.CriuVersion = "" }, "SourceRefused", "no CRIU"},
 		{"preflight", func(w *world) {
 			w.nodes["a"].runtime.Findings = []*cri.Finding{{
@@ -199,6 +201,56 @@ func TestRefusals(t *testing.T) {
 			w.stayed(t, tt.reason, tt.text)
 			if w.nodes["a"].id("source") != before {
 				t.Error("the source is not the container it was")
+			}
+		})
+	}
+}
+
+// A probe that runs a command in the container is over in a moment and keeps nobody
+// from moving the pod; a session of a user does.
+func TestExecSessions(t *testing.T) {
+	session := &cri.Finding{Severity: cri.Finding_SEVERITY_BLOCKING, Code: codeExec, Pid: 7, Fd: -1, Message: "started by exec", Cure: "end it"}
+	other := &cri.Finding{Severity: cri.Finding_SEVERITY_BLOCKING, Code: "IOUring", Pid: 7, Fd: 3, Message: "uses io_uring", Cure: "turn it off"}
+	tests := []struct {
+		name     string
+		findings []*cri.Finding
+		// looks is how often it is found; 0 is for ever.
+		looks int
+		moves bool
+		once  bool
+	}{
+		{name: "probe", findings: []*cri.Finding{session}, looks: 2, moves: true},
+		{name: "session", findings: []*cri.Finding{session}},
+		{name: "session and something else", findings: []*cri.Finding{session, other}, once: true},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.running("source")
+			clone := w.put("clone", "b", "source")
+			n := 0
+			rt := w.nodes["a"].runtime
+			rt.Findings = tt.findings
+			rt.Fail = func(_ context.Context, method, _ string) error {
+				if method == "PreflightPod" {
+					if n++; tt.looks > 0 && n > tt.looks {
+						rt.Findings = nil
+					}
+				}
+				return nil
+			}
+			err := w.sync(t.Context(), clone)
+			if tt.moves {
+				if err != nil {
+					t.Fatal(err)
+				}
+				w.moved(t)
+				return
+			}
+			w.stayed(t, "SourceRefused", "exec")
+			if tt.once != (n == 1) {
+				t.Errorf("looked %d times", n)
 			}
 		})
 	}
@@ -265,15 +317,17 @@ func TestOnlyTheNodeOfTheCloneMayAsk(t *testing.T) {
 	})
 }
 
-func TestFailures(t *testing.T) {
-	failing := func(method string) func(context.Context, string, string) error {
-		return func(_ context.Context, m, _ string) error {
-			if m == method {
-				return status.Error(codes.Internal, "criu: it is broken")
-			}
-			return nil
+// failing makes a method of the runtime fail.
+func failing(method string, code codes.Code) func(context.Context, string, string) error {
+	return func(_ context.Context, m, _ string) error {
+		if m == method {
+			return status.Error(code, "criu: it is broken")
 		}
+		return nil
 	}
+}
+
+func TestFailures(t *testing.T) {
 	tests := []struct {
 		name   string
 		node   string
@@ -293,7 +347,7 @@ func TestFailures(t *testing.T) {
 			w.running("source")
 			clone := w.put("clone", "b", "source")
 			w.atMostOne("source", "clone")
-			w.nodes[tt.node].runtime.Fail = failing(tt.method)
+			w.nodes[tt.node].runtime.Fail = failing(tt.method, codes.Internal)
 			if err := w.sync(t.Context(), clone); err == nil {
 				t.Error("the clone reports success")
 			}

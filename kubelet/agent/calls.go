@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -115,6 +116,11 @@ func (t *target) open(ctx context.Context, p Peer, w wire.Session, id migration.
 	}
 	features, err := t.a.wireFeatures(ctx)
 	if err != nil {
+		var own *wire.Error
+		if errors.As(err, &own) && own.Code == wire.CodeNoRuntime {
+			// It is not the source that lacks it.
+			own.Code = wire.CodeIncompatible
+		}
 		return err
 	}
 	r := &wire.OpenRequest{

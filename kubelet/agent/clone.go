@@ -83,24 +83,14 @@ func (a *Agent) target(ctx context.Context, pod *v1.Pod) (*target, error) {
 	if t != nil {
 		return t, nil
 	}
-	name := a.cfg.Node.ClonePod(pod)
-	var source *v1.Pod
-	// The API server's authorizer learns of a new clone a moment after its kubelet.
-	find, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	err := retry(find, func(ctx context.Context) (err error) {
-		source, err = a.cfg.API.Pod(ctx, pod.Namespace, name)
-		if apierrors.IsNotFound(err) {
-			return nil
-		}
-		return err
-	})
-	id := migration.Identity{
-		Session: string(pod.UID), Namespace: pod.Namespace, SourcePod: name, ClonePod: pod.Name,
+	if a.cfg.Draining {
+		return nil, a.refuse(ctx, identity(a.cfg.Node, pod), migration.ReasonDisabled, disabled(a.cfg.Node))
 	}
+	name := a.cfg.Node.ClonePod(pod)
+	source, err := a.findSource(ctx, pod)
+	id := identity(a.cfg.Node, pod)
 	switch {
-	case apierrors.IsForbidden(err), err == nil && (source == nil || source.Name == ""):
-		// A node is told Forbidden about pods that do not exist (any more).
+	case apierrors.IsForbidden(err), apierrors.IsNotFound(err):
 		text := fmt.Sprintf("There is no pod %q in namespace %q to take over; create the pod without clonePod, or name a running pod.", name, pod.Namespace)
 		return nil, a.refuse(ctx, id, migration.ReasonSourceLost, text)
 	case err != nil:
@@ -110,7 +100,7 @@ func (a *Agent) target(ctx context.Context, pod *v1.Pod) (*target, error) {
 		return nil, a.refuse(ctx, id, migration.ReasonSourceRefused, text)
 	case source.Spec.NodeName == a.cfg.Node.Name():
 		text := fmt.Sprintf("Source pod %q runs on node %s itself; place the clone on another node, for example with a node affinity.", source.Name, source.Spec.NodeName)
-		return nil, a.refuse(ctx, id, migration.ReasonSourceRefused, text)
+		return nil, a.refuse(ctx, id, migration.ReasonTargetUnfit, text)
 	}
 	if fs := compare.Pods(source, pod); len(fs) > 0 {
 		return nil, a.refuse(ctx, id, migration.ReasonSourceRefused, sentence(fs[0].String()))
@@ -126,6 +116,48 @@ func (a *Agent) target(ctx context.Context, pod *v1.Pod) (*target, error) {
 	t.d.post(migration.Begun{})
 	return t, nil
 }
+
+// identity is what is known of a migration before it begins.
+func identity(n Node, clone *v1.Pod) migration.Identity {
+	return migration.Identity{Session: string(clone.UID), Namespace: clone.Namespace, SourcePod: n.ClonePod(clone), ClonePod: clone.Name}
+}
+
+// disabled says why a node with the gate off takes no clone.
+func disabled(n Node) string {
+	return fmt.Sprintf("PodMigration is switched off on node %s; switch the feature gate PodMigration on there, or choose another node.", n.Name())
+}
+
+// findSource reads the pod that a clone takes over. The API server's authorizer may
+// learn of the clone a moment after its kubelet and forbids the source until then. It
+// forbids a source that is gone, too, and then for ever: an authorizer that lets the
+// node read the clone knows everything that came before it.
+func (a *Agent) findSource(ctx context.Context, clone *v1.Pod) (*v1.Pod, error) {
+	ctx, cancel := context.WithTimeout(ctx, findTimeout)
+	defer cancel()
+	var source *v1.Pod
+	var final error
+	err := retry(ctx, func(ctx context.Context) (err error) {
+		source, err = a.cfg.API.Pod(ctx, clone.Namespace, a.cfg.Node.ClonePod(clone))
+		if apierrors.IsForbidden(err) {
+			if _, known := a.cfg.API.Pod(ctx, clone.Namespace, clone.Name); known != nil {
+				return err
+			}
+			source, err = a.cfg.API.Pod(ctx, clone.Namespace, a.cfg.Node.ClonePod(clone))
+		}
+		if apierrors.IsForbidden(err) || apierrors.IsNotFound(err) {
+			final = err
+			return nil
+		}
+		return err
+	})
+	if final != nil {
+		err = final
+	}
+	return source, err
+}
+
+// findTimeout bounds the search for the source of a clone.
+const findTimeout = 10 * time.Second
 
 // sentence makes an error text fit for a condition.
 func sentence(s string) string {
@@ -157,13 +189,11 @@ func (a *Agent) refuse(ctx context.Context, id migration.Identity, reason migrat
 	return fmt.Errorf("%s: %s", reason, text)
 }
 
-// Refuse ends a clone on a node that moves no pods, and returns why.
-func Refuse(ctx context.Context, n Node, api API, clone *v1.Pod, reason migration.Reason, text string) error {
+// Refuse ends a clone on a node where migrations are switched off, and returns why.
+func Refuse(ctx context.Context, n Node, api API, clone *v1.Pod) error {
 	a := New(ctx, Config{Node: n, API: api, Guard: guard.New()})
 	defer a.Close()
-	return a.refuse(ctx, migration.Identity{
-		Session: string(clone.UID), Namespace: clone.Namespace, SourcePod: n.ClonePod(clone), ClonePod: clone.Name,
-	}, reason, text)
+	return a.refuse(ctx, identity(n, clone), migration.ReasonDisabled, disabled(n))
 }
 
 // prepareLogs gives the new log directories files that make the kubelet count

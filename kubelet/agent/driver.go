@@ -10,6 +10,8 @@ import (
 	"time"
 	"unicode"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"k8s.io/klog/v2"
 
 	"podmig.dev/podmig/kubelet/journal"
@@ -78,6 +80,20 @@ func (d *driver) post(e migration.Event) {
 	case d.wake <- struct{}{}:
 	default:
 	}
+}
+
+// once are the calls to the runtime that are not made again when they fail.
+var once = []migration.Op{migration.OpPrepareCheckpoint, migration.OpFreeze, migration.OpPrepareRestore, migration.OpVerify}
+
+// fail tells the machine that a step did not work. A runtime that goes away in the
+// middle of a call has not failed at it, and what it was at is lost.
+func (d *driver) fail(op migration.Op, err error) {
+	d.log.Error(err, "Migration step did not work", "operation", op)
+	if slices.Contains(once, op) && status.Code(err) == codes.Unavailable {
+		d.post(migration.RuntimeRestarted{Message: message(err)})
+		return
+	}
+	d.post(migration.RuntimeFailed{Op: op, Message: message(err)})
 }
 
 // identity may be called from anywhere.

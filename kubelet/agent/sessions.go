@@ -90,6 +90,13 @@ func (a *Agent) Open(ctx context.Context, c peer.Call, r *wire.OpenRequest) (*wi
 	if err != nil {
 		return nil, err
 	}
+	if a.cfg.Draining {
+		return nil, &wire.Error{
+			Code:    wire.CodeDisabled,
+			Message: fmt.Sprintf("PodMigration is switched off on node %s", a.cfg.Node.Name()),
+			Cure:    "switch the feature gate PodMigration on there",
+		}
+	}
 	pod, ok := a.cfg.Node.PodByName(c.Namespace, c.Pod)
 	if !ok {
 		// A kubelet that has just been started does not know its pods yet.
@@ -284,8 +291,35 @@ func (a *Agent) moving(ctx context.Context, pod *v1.Pod) (string, []migration.Co
 	return sandbox, cs, nil
 }
 
-// preflight asks the runtime what would prevent a checkpoint.
+// preflight asks the runtime what would prevent a checkpoint. A process that was
+// started by exec may be a probe, which is over in a moment.
 func (a *Agent) preflight(ctx context.Context, sandbox string, containers []migration.Container, r *wire.OpenRequest, offer *wire.OpenResponse) error {
+	patience := time.Now().Add(execPatience)
+	for {
+		offer.Findings = nil
+		err := a.inspect(ctx, sandbox, containers, r, offer)
+		only := slices.ContainsFunc(offer.Findings, func(f wire.Finding) bool { return f.Code == codeExec }) &&
+			!slices.ContainsFunc(offer.Findings, func(f wire.Finding) bool { return f.Severity == wire.SeverityBlocking && f.Code != codeExec })
+		if wire.CodeOf(err) != wire.CodePreflight || !only || time.Now().After(patience) {
+			return err
+		}
+		// Nothing tells when it ends.
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+const (
+	// codeExec is the runtime's finding for a process that somebody has started by exec.
+	codeExec = "ExecSession"
+	// execPatience is how long such a process is waited for.
+	execPatience = 2 * time.Second
+)
+
+func (a *Agent) inspect(ctx context.Context, sandbox string, containers []migration.Container, r *wire.OpenRequest, offer *wire.OpenResponse) error {
 	req := &cri.PreflightPodRequest{PodSandboxId: sandbox}
 	names := make(map[string]string)
 	for _, c := range containers {

@@ -283,8 +283,7 @@ func (s *source) report(ctx context.Context, e migration.Report) {
 }
 
 func (s *source) fail(op migration.Op, err error) {
-	s.d.log.Error(err, "Migration step did not work", "operation", op)
-	s.d.post(migration.RuntimeFailed{Op: op, Message: message(err)})
+	s.d.fail(op, err)
 }
 
 func (s *source) prepare(ctx context.Context) {

@@ -149,8 +149,7 @@ func (t *target) end(phases ...string) {
 }
 
 func (t *target) fail(op migration.Op, err error) {
-	t.d.log.Error(err, "Migration step did not work", "operation", op)
-	t.d.post(migration.RuntimeFailed{Op: op, Message: message(err)})
+	t.d.fail(op, err)
 }
 
 // perform carries out the effects of the target.
@@ -191,7 +190,7 @@ func (t *target) perform(effect migration.Effect) {
 		t.a.cloned[id.Session] = true
 		t.a.mu.Unlock()
 		t.a.suspendProbes(id.Session, false)
-		t.a.cfg.Guard.Release(id.Session)
+		t.a.cfg.Guard.Admit(id.Session)
 		t.admit.Do(func() { close(t.admitted) })
 	case migration.RecordOutcome:
 		t.d.inOrder(func(ctx context.Context) { t.record(ctx, e) })

@@ -37,6 +37,9 @@ type world struct {
 	t     *testing.T
 	nodes map[string]*testNode
 
+	// forbidden, if set, tells whether the API server forbids to read a pod.
+	forbidden func(name string) bool
+
 	mu   sync.Mutex
 	pods map[string]*v1.Pod // by name
 	// cut makes every call between the nodes fail after it was carried out.
@@ -51,6 +54,10 @@ type testNode struct {
 	runtime *migrationtest.Runtime
 	client  cri.MigrationServiceClient
 	dir     string
+	// memory is what a new pod could use.
+	memory uint64
+	// draining makes the next start one with migrations switched off.
+	draining bool
 
 	mu         sync.Mutex
 	agent      *Agent
@@ -72,7 +79,7 @@ func newWorld(t *testing.T) *world {
 	for _, name := range []string{"a", "b"} {
 		// Socket paths are short: the test's own folder may be too long for them.
 		n := &testNode{
-			w: w, name: name, runtime: migrationtest.New(t.TempDir()), dir: t.TempDir(),
+			w: w, name: name, runtime: migrationtest.New(t.TempDir()), dir: t.TempDir(), memory: 1 << 40,
 			containers: make(map[string][]Container), terminated: make(map[string]bool),
 		}
 		l := bufconn.Listen(1 << 20)
@@ -102,7 +109,7 @@ func (n *testNode) start() {
 	g := guard.New()
 	a := New(context.Background(), Config{
 		Node: n, API: n.w, Containers: n, Runtime: n.client, Journal: j, Guard: g,
-		Metrics: NewMetrics(), Deadlines: deadlines, DialStream: DialStream,
+		Metrics: NewMetrics(), Deadlines: deadlines, DialStream: DialStream, Draining: n.draining,
 		Dial: func(node, _ string) (Peer, error) { return &link{w: n.w, from: n.name, to: n.w.nodes[node]}, nil },
 		Point: func(name string) {
 			n.mu.Lock()
@@ -184,7 +191,7 @@ func (n *testNode) EmptyDir(podUID, volume string) string {
 func (n *testNode) LogDirectory(pod *v1.Pod, container string) string {
 	return filepath.Join(n.dir, "log", string(pod.UID), container)
 }
-func (n *testNode) MemoryAvailable() uint64 { return 1 << 40 }
+func (n *testNode) MemoryAvailable() uint64 { return n.memory }
 
 // The runtime as the kubelet sees it.
 
@@ -232,6 +239,9 @@ func (w *world) Kubelet(_ context.Context, node string) (string, error) { return
 func (w *world) Fenced(context.Context, string) (bool, error) { return false, nil }
 
 func (w *world) Pod(_ context.Context, _, name string) (*v1.Pod, error) {
+	if w.forbidden != nil && w.forbidden(name) {
+		return nil, apierrors.NewForbidden(v1.Resource("pods"), name, errors.New("no relationship found"))
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	p, ok := w.pods[name]
@@ -364,13 +374,18 @@ func (l *link) Close() {}
 // body counts what is read and tells the sender at the end, as the server does.
 type body struct {
 	*peer.Stream
-	n    uint64
-	end  error
 	once sync.Once
+
+	// A stream that is cut is closed while it is read.
+	mu  sync.Mutex
+	n   uint64
+	end error
 }
 
 func (b *body) Read(p []byte) (int, error) {
 	n, err := b.Stream.Body.Read(p)
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	b.n += uint64(n)
 	if err != nil {
 		b.end = err
@@ -381,10 +396,13 @@ func (b *body) Read(p []byte) (int, error) {
 func (b *body) Close() error {
 	err := b.Stream.Body.Close()
 	b.once.Do(func() {
-		if b.end == io.EOF {
-			b.Sent(b.n, nil)
+		b.mu.Lock()
+		n, end := b.n, b.end
+		b.mu.Unlock()
+		if end == io.EOF {
+			b.Sent(n, nil)
 		} else {
-			b.Sent(b.n, errLost)
+			b.Sent(n, errLost)
 		}
 	})
 	return err

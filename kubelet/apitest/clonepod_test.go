@@ -18,6 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/kubernetes/scheme"
 )
 
 const namespace = "shop"
@@ -54,17 +55,27 @@ func must[T any](t *testing.T) func(v T, err error) T {
 	}
 }
 
-// prepare makes what the tests share: a namespace, three nodes that ask (pods of other tests are on nodes that do not
-// exist), and alice, who may do with pods and deployments what
-// the role "edit" allows.
-func prepare(ctx context.Context, t *testing.T, admin kubernetes.Interface) {
+// prepare makes what the tests share: a namespace, nodes that can move pods (n1 and n2 are those of pods that nobody
+// asks for) and one whose kubelet is of another time, and alice, who may do with pods and deployments what the role
+// "edit" allows.
+func prepare(ctx context.Context, t *testing.T, plane *controlPlane, admin kubernetes.Interface) {
 	t.Helper()
 	must[*corev1.Namespace](t)(admin.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}, metav1.CreateOptions{}))
 	for _, name := range []string{"default", "other"} {
 		must[*corev1.ServiceAccount](t)(admin.CoreV1().ServiceAccounts(namespace).Create(ctx, &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}))
 	}
-	for _, name := range []string{"a", "b", "c"} {
+	for _, name := range []string{"a", "b", "c", "n1", "n2", "old"} {
 		must[*corev1.Node](t)(admin.CoreV1().Nodes().Create(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}))
+		if name == "old" {
+			continue
+		}
+		kubelet := "system:node:" + name
+		if len(name) > 1 {
+			// Nobody asks for it.
+			kubelet = "admin"
+		}
+		must[*corev1.Node](t)(plane.client(t, kubelet).CoreV1().Nodes().Patch(ctx, name, types.StrategicMergePatchType,
+			[]byte(`{"status":{"declaredFeatures":["PodMigration"]}}`), metav1.PatchOptions{}, "status"))
 	}
 	// No controller aggregates roles here, so this names what "edit" has for pods and more.
 	rules := []rbacv1.PolicyRule{
@@ -111,19 +122,22 @@ func TestClonePod(t *testing.T) {
 	plane := newControlPlane(t)
 	plane.serve(t, "--feature-gates=PodMigration=true")
 	admin := plane.client(t, "admin")
-	prepare(ctx, t, admin)
+	prepare(ctx, t, plane, admin)
 	pods := admin.CoreV1().Pods(namespace)
 	must[*corev1.Pod](t)(pods.Create(ctx, newPod("web", "n1"), metav1.CreateOptions{}))
 	setPhase(ctx, t, admin, "web", corev1.PodRunning)
 
 	t.Run("explain", func(t *testing.T) {
 		out, err := plane.kubectl(t, "admin", "", "explain", "pod.spec.clonePod")
-		if err != nil || !strings.Contains(out, "FIELD: clonePod <string>") || !strings.Contains(out, `verb "clone"`) {
+		text := strings.Join(strings.Fields(out), " ")
+		if err != nil || !strings.Contains(text, "FIELD: clonePod <string>") || !strings.Contains(text, `verb "clone"`) ||
+			!strings.Contains(text, "This is an alpha field and requires enabling the PodMigration feature gate") {
 			t.Errorf("%v: %s", err, out)
 		}
 	})
 	t.Run("who may clone", func(t *testing.T) { testWhoMayClone(ctx, t, plane, admin) })
 	t.Run("what may be cloned", func(t *testing.T) { testWhatMayBeCloned(ctx, t, plane) })
+	t.Run("where clones may run", func(t *testing.T) { testWhereClonesMayRun(ctx, t, plane) })
 	t.Run("old clients", func(t *testing.T) { testOldClients(ctx, t, plane) })
 	t.Run("nodes", func(t *testing.T) { testNodes(ctx, t, plane, admin) })
 
@@ -251,6 +265,60 @@ func testWhatMayBeCloned(ctx context.Context, t *testing.T, plane *controlPlane)
 			t.Errorf("got %v", err)
 		}
 	})
+}
+
+// testWhereClonesMayRun gets clones onto nodes, in all the ways in which a pod gets its node.
+func testWhereClonesMayRun(ctx context.Context, t *testing.T, plane *controlPlane) {
+	core := plane.client(t, "admin").CoreV1()
+	pods := core.Pods(namespace)
+	must[*corev1.Pod](t)(pods.Create(ctx, newPod("unbound", "", cloning("web")), metav1.CreateOptions{}))
+	must[*corev1.Pod](t)(pods.Create(ctx, newPod("unbound-ordinary", ""), metav1.CreateOptions{}))
+	ways := map[string]func(clone bool, node string) error{
+		"created": func(clone bool, node string) error {
+			pod := newPod("created", node)
+			if clone {
+				cloning("web")(pod)
+			}
+			_, err := pods.Create(ctx, pod, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
+			return err
+		},
+	}
+	name := map[bool]string{true: "unbound", false: "unbound-ordinary"}
+	binding := func(clone bool, node string) *corev1.Binding {
+		return &corev1.Binding{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name[clone]}, Target: corev1.ObjectReference{Kind: "Node", Name: node}}
+	}
+	dryRun := &metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}
+	ways["bound"] = func(clone bool, node string) error {
+		return pods.Bind(ctx, binding(clone, node), *dryRun)
+	}
+	ways["bound as in old times"] = func(clone bool, node string) error {
+		return core.RESTClient().Post().Namespace(namespace).Resource("bindings").VersionedParams(dryRun, scheme.ParameterCodec).Body(binding(clone, node)).Do(ctx).Error()
+	}
+	for way, try := range ways {
+		t.Run(way, func(t *testing.T) {
+			for _, tc := range []struct {
+				clone      bool
+				node, want string
+			}{
+				{true, "b", ""},
+				{true, "old", `node "old" cannot take over pods: its status does not declare the feature PodMigration`},
+				{true, "nowhere", `there is no node "nowhere"`},
+				{false, "b", ""},
+				{false, "old", ""},
+				{false, "nowhere", ""},
+			} {
+				err := try(tc.clone, tc.node)
+				if tc.want == "" && err != nil || tc.want != "" && (!apierrors.IsForbidden(err) || !strings.Contains(err.Error(), tc.want)) {
+					t.Errorf("clone %t on node %s: %v, want %q", tc.clone, tc.node, err, tc.want)
+				}
+			}
+		})
+	}
+	for _, pod := range name {
+		if err := pods.Delete(ctx, pod, metav1.DeleteOptions{}); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // testOldClients changes a clone in all the ways of clients that do not know the field.

@@ -51,6 +51,8 @@ type Guard struct {
 	// UID of the pod by container or sandbox ID. Filled as IDs are asked for while
 	// something is held; IDs are never reused.
 	owners map[string]string
+	// later has, by UID of the pod, what Later was given.
+	later map[string][]func()
 }
 
 // New returns a guard that delays every dangerous call until Ready: after a
@@ -60,6 +62,7 @@ func New() *Guard {
 		ready:  make(chan struct{}),
 		holds:  make(map[string]Hold),
 		owners: make(map[string]string),
+		later:  make(map[string][]func()),
 	}
 }
 
@@ -73,11 +76,35 @@ func (g *Guard) Set(podUID string, h Hold) {
 	g.holds[podUID] = h
 }
 
+// Later runs f when a pod whose starts are withheld is admitted, and never if it is
+// released. It returns false, and does nothing, for every other pod.
+func (g *Guard) Later(podUID string, f func()) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.holds[podUID].WithholdStart {
+		return false
+	}
+	g.later[podUID] = append(g.later[podUID], f)
+	return true
+}
+
+// Admit ends the hold of a pod whose containers run although their start was withheld.
+func (g *Guard) Admit(podUID string) {
+	g.mu.Lock()
+	later := g.later[podUID]
+	g.mu.Unlock()
+	g.Release(podUID)
+	for _, f := range later {
+		f()
+	}
+}
+
 // Release ends the hold of a pod. A pod that is not held is no error.
 func (g *Guard) Release(podUID string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	delete(g.holds, podUID)
+	delete(g.later, podUID)
 	for id, uid := range g.owners {
 		if uid == podUID {
 			delete(g.owners, id)

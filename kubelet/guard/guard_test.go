@@ -153,6 +153,37 @@ func TestWithheldStartIsReported(t *testing.T) {
 	}
 }
 
+func TestLater(t *testing.T) {
+	g := New()
+	said := 0
+	say := func() { said++ }
+	g.Set("frozen", Hold{Refuse: "frozen"})
+	for _, uid := range []string{"unknown", "frozen"} {
+		if g.Later(uid, say) {
+			t.Errorf("pod %s is not one whose starts are withheld", uid)
+		}
+	}
+	for _, uid := range []string{"admitted", "released"} {
+		g.Set(uid, Hold{WithholdStart: true})
+		if !g.Later(uid, say) || !g.Later(uid, say) || said != 0 {
+			t.Errorf("pod %s: said %d times before it was clear", uid, said)
+		}
+	}
+	g.Release("released")
+	g.Admit("released")
+	if said != 0 {
+		t.Errorf("said %d times of a pod that was released", said)
+	}
+	g.Admit("admitted")
+	g.Admit("admitted")
+	if said != 2 {
+		t.Errorf("said %d times, not twice, of a pod that was admitted", said)
+	}
+	if _, held := g.Held("admitted"); held {
+		t.Error("the pod is still held")
+	}
+}
+
 func TestNothingHappensBeforeTheJournalWasRead(t *testing.T) {
 	g := New()
 	rec := &recorder{}

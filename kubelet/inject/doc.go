@@ -4,7 +4,10 @@
 //
 // The files that name hooks carry the build tag podmig_patched, which the Makefile
 // sets together with the patched sources. With the feature gate PodMigration off
-// nothing is injected and every hook does what upstream does.
+// every hook does what upstream does, with two exceptions: pods with clonePod are
+// refused, and migrations that the journal knows are brought to their end, because a
+// frozen pod would stay frozen otherwise.
 //
-// The package has no logic worth a unit test of its own; the end-to-end tests run it.
+// The tests cover what is decided here; that the kubelet really goes through the hooks
+// is shown by the end-to-end tests.
 package inject

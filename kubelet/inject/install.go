@@ -7,7 +7,9 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -63,18 +65,36 @@ type injector struct {
 	agent   *agent.Agent
 	metrics *agent.Metrics
 	runtime cri.MigrationServiceClient
+	// journal is what the agent goes on from.
+	journal string
+	// draining: the gate is off, and migrations that began before are under way.
+	draining bool
 	// containers is the runtime past the guard.
 	containers *containers
 }
 
 // adjust is called with the connections to the runtime made and the kubelet not yet
 // built.
-func (i *injector) adjust(ctx context.Context, cfg *kubeletconfig.KubeletConfiguration, deps *kubelet.Dependencies) error {
-	if !utilfeature.DefaultFeatureGate.Enabled(features.PodMigration) {
-		deps.Options = append(deps.Options, refuseClones)
-		return nil
-	}
+func (i *injector) adjust(ctx context.Context, cfg *kubeletconfig.KubeletConfiguration, root string, deps *kubelet.Dependencies) error {
 	logger := klog.FromContext(ctx)
+	i.journal = filepath.Join(root, "migrations")
+	if !utilfeature.DefaultFeatureGate.Enabled(features.PodMigration) {
+		left, err := left(i.journal)
+		if err != nil {
+			return fmt.Errorf("pod migration is switched off, but not all of its journal can be read: %w", err)
+		}
+		if len(left) == 0 {
+			deps.Options = append(deps.Options, refuseClones)
+			return nil
+		}
+		// Frozen pods would stay frozen, and nobody would know who owns them.
+		i.draining = true
+		for _, r := range left {
+			id := r.Identity
+			logger.Info("Pod migration is switched off while a pod moves, bringing its migration to an end", "side", r.Side, "state", r.State,
+				"session", id.Session, "source", klog.KRef(id.Namespace, id.SourcePod), "clone", klog.KRef(id.Namespace, id.ClonePod), "peer", id.PeerNode)
+		}
+	}
 	if i.client == nil {
 		logger.Info("Pods cannot be moved, the kubelet runs without an API server")
 		return nil
@@ -91,6 +111,9 @@ func (i *injector) adjust(ctx context.Context, cfg *kubeletconfig.KubeletConfigu
 	i.guard = guard.New()
 	i.runtime = cri.NewMigrationServiceClient(conn)
 	deps.RemoteRuntimeService = i.guard.Wrap(runtime)
+	if deps.Recorder != nil {
+		deps.Recorder = &recorder{deps.Recorder, i.guard}
+	}
 
 	deps.Options = append(deps.Options, func(kl *kubelet.Kubelet) {
 		// An option cannot fail. The guard keeps every pod untouched until the journal
@@ -105,31 +128,47 @@ func (i *injector) adjust(ctx context.Context, cfg *kubeletconfig.KubeletConfigu
 	return nil
 }
 
-// refuseClones is what a kubelet does whose gate is off: a clone that it started like
-// any other pod would be a second copy with nothing of the state of the first.
+// left are the records of a journal, if there is one.
+func left(dir string) ([]migration.Record, error) {
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	j, err := journal.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	return j.List()
+}
+
+// syncPod stands in for the runtime's SyncPod.
+type syncPod func(context.Context, *v1.Pod, *kubecontainer.PodStatus, func(*v1.Pod) kubecontainer.PodSyncResult) kubecontainer.PodSyncResult
+
+// refuseClones sets what a kubelet does whose gate is off.
 func refuseClones(kl *kubelet.Kubelet) {
 	// Standalone there are no clones.
-	if kl.KubeClient() == nil {
-		return
+	if kl.KubeClient() != nil {
+		kubelet.SyncRuntimePod = refusing(&node{kl}, &apiServer{kl.KubeClient()})
 	}
-	n := &node{kl}
-	api := &apiServer{kl.KubeClient()}
-	kubelet.SyncRuntimePod = func(ctx context.Context, pod *v1.Pod, status *kubecontainer.PodStatus, sync func(*v1.Pod) kubecontainer.PodSyncResult) kubecontainer.PodSyncResult {
+}
+
+// refusing refuses clones: one that was started like any other pod would be a second
+// copy with nothing of the state of the first.
+func refusing(n agent.Node, api agent.API) syncPod {
+	return func(ctx context.Context, pod *v1.Pod, status *kubecontainer.PodStatus, sync func(*v1.Pod) kubecontainer.PodSyncResult) kubecontainer.PodSyncResult {
 		// One that runs has taken over while the gate was on.
 		runs := slices.ContainsFunc(status.ContainerStatuses, func(c *kubecontainer.Status) bool { return c.State == kubecontainer.ContainerStateRunning })
 		if n.ClonePod(pod) == "" || agent.IsCloned(pod) || runs {
 			return sync(pod)
 		}
 		var result kubecontainer.PodSyncResult
-		result.Fail(agent.Refuse(ctx, n, api, pod, migration.ReasonDisabled,
-			fmt.Sprintf("PodMigration is switched off on node %s; switch the feature gate PodMigration on there, or choose another node", n.Name())))
+		result.Fail(agent.Refuse(ctx, n, api, pod))
 		return result
 	}
 }
 
 // attach makes the agent and lets it continue what the journal knows.
 func (i *injector) attach(ctx context.Context, kl *kubelet.Kubelet, identity *tls.Config) error {
-	j, err := journal.Open(filepath.Join(kl.RootDirectory(), "migrations"))
+	j, err := journal.Open(i.journal)
 	if err != nil {
 		return err
 	}
@@ -151,6 +190,7 @@ func (i *injector) attach(ctx context.Context, kl *kubelet.Kubelet, identity *tl
 		Metrics:    i.metrics,
 		Point:      faultPoint,
 		Deadlines:  limits,
+		Draining:   i.draining,
 		DialStream: agent.DialStream,
 		Dial: func(name, address string) (agent.Peer, error) {
 			cfg := identity.Clone()
@@ -164,6 +204,15 @@ func (i *injector) attach(ctx context.Context, kl *kubelet.Kubelet, identity *tl
 		},
 	})
 	kubelet.SyncRuntimePod = i.sync
+	if i.draining {
+		refuse := refusing(&node{kl}, &apiServer{kl.KubeClient()})
+		kubelet.SyncRuntimePod = func(ctx context.Context, pod *v1.Pod, known *kubecontainer.PodStatus, sync func(*v1.Pod) kubecontainer.PodSyncResult) kubecontainer.PodSyncResult {
+			if i.agent.Knows(string(pod.UID)) {
+				return i.sync(ctx, pod, known, sync)
+			}
+			return refuse(ctx, pod, known, sync)
+		}
+	}
 	kubelet.RefuseKill = func(pod *v1.Pod) error { return i.agent.RefuseKill(string(pod.UID)) }
 	prober.ProbesSuspended = func(uid types.UID) bool { return i.agent.ProbesSuspended(string(uid)) }
 	server.MigrationHandler = i.handler
@@ -210,7 +259,11 @@ func (i *injector) outdated(ctx context.Context, pod *v1.Pod, known *kubecontain
 	return err != nil || slices.ContainsFunc(cs, func(c agent.Container) bool { return c.Running && created[c.ID] })
 }
 
-func (i *injector) handler(ctx context.Context, auth server.AuthInterface) http.Handler {
+func (i *injector) handler(ctx context.Context, auth server.AuthInterface) (http.Handler, server.AuthInterface) {
+	if auth == nil {
+		// The port without authentication has nothing for other nodes.
+		return nil, nil
+	}
 	s := peer.NewServer(ctx, i.agent, func(r *http.Request) (string, bool) {
 		// The filter in front has authenticated and authorised this request already and
 		// keeps to itself who it was.
@@ -223,7 +276,7 @@ func (i *injector) handler(ctx context.Context, auth server.AuthInterface) http.
 	s.Refused = func(v wire.Verb, c wire.Code) {
 		i.metrics.Refused.WithLabelValues(string(v), string(c)).Inc()
 	}
-	return s
+	return s, &watched{auth, s.RefusedBefore}
 }
 
 // nodeIdentity returns with which certificate the kubelet talks to the API server

@@ -49,6 +49,9 @@ const (
 	CodeReturned   Code = "returned"
 	CodeReleased   Code = "released"
 	CodeNotDurable Code = "not-durable"
+	// CodeIncompatible, CodeNoMemory: it is the target that lacks something.
+	CodeIncompatible Code = "incompatible"
+	CodeNoMemory     Code = "no-memory"
 )
 
 // Op is a call to the runtime or to the kubelet that can fail.

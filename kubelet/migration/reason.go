@@ -27,7 +27,10 @@ const (
 	ReasonMigrated Reason = "Migrated"
 
 	// ReasonDisabled: the gate is off on the target.
-	ReasonDisabled          Reason = "MigrationDisabled"
+	ReasonDisabled Reason = "MigrationDisabled"
+	// ReasonTargetUnfit: the target lacks something that the pod needs.
+	ReasonTargetUnfit Reason = "TargetUnfit"
+	// ReasonSourceRefused: the pod, its clone or its node cannot give it away.
 	ReasonSourceRefused     Reason = "SourceRefused"
 	ReasonSourceUnreachable Reason = "SourceUnreachable"
 	ReasonSourceLost        Reason = "SourceLost"

@@ -396,7 +396,7 @@ func (s *Source) common(e Event, code Code, msg string) bool {
 		}
 	case RuntimeRestarted:
 		// It may have thawed what it froze.
-		s.abort(ReasonRuntimeRestarted, "the source's runtime restarted before the commit")
+		s.abort(ReasonRuntimeRestarted, "the source's runtime went away before the commit")
 	case StreamBroken:
 		s.abort(ReasonStreamFailed, "the stream broke: "+e.Message)
 	case TimerFired:

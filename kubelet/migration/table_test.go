@@ -43,7 +43,7 @@ func targetEvents(m *machine) []Event {
 	)
 	for _, v := range []Verb{VerbOpen, VerbFreeze, VerbCommit, VerbDone, VerbFailed, VerbAbort} {
 		es = append(es, Answered{Verb: v, Verdict: VerdictOK}, Answered{Verb: v, Verdict: VerdictGone}, Answered{Verb: v, Verdict: VerdictNoAnswer})
-		for _, c := range []Code{CodeWrongState, CodeAborted, CodeGivenAway, CodeReturned, CodeReleased, CodeNotDurable, "forbidden"} {
+		for _, c := range []Code{CodeWrongState, CodeAborted, CodeGivenAway, CodeReturned, CodeReleased, CodeNotDurable, CodeIncompatible, "forbidden"} {
 			es = append(es, Answered{Verb: v, Verdict: VerdictRefused, Code: c})
 		}
 	}

@@ -210,7 +210,7 @@ func (t *Target) inOpening(e Event) bool {
 			t.message = e.Message
 			t.later()
 		default:
-			t.abort(ReasonSourceRefused, e.Message, false)
+			t.abort(openRefused(e.Code), e.Message, false)
 		}
 		return true
 	case TimerFired:
@@ -222,6 +222,14 @@ func (t *Target) inOpening(e Event) bool {
 		return true
 	}
 	return t.before(e)
+}
+
+// openRefused tells whose fault it is that a session was not opened.
+func openRefused(c Code) Reason {
+	if c == CodeIncompatible || c == CodeNoMemory {
+		return ReasonTargetUnfit
+	}
+	return ReasonSourceRefused
 }
 
 func (t *Target) inPreparing(e Event) bool {
@@ -236,7 +244,7 @@ func (t *Target) inPreparing(e Event) bool {
 		return true
 	case Answered:
 		if e.Verb == VerbOpen && (e.Verdict == VerdictRefused || e.Verdict == VerdictGone) {
-			t.abort(ReasonSourceRefused, e.Message, true)
+			t.abort(openRefused(e.Code), e.Message, true)
 		}
 		return true
 	case TimerFired:
@@ -414,7 +422,7 @@ func (t *Target) before(e Event) bool {
 		}
 	case RuntimeRestarted:
 		if t.armed {
-			t.abort(ReasonRuntimeRestarted, "the target's runtime restarted before the commit", true)
+			t.abort(ReasonRuntimeRestarted, "the target's runtime went away before the commit", true)
 		}
 	case TimerFired:
 		if e.Timer == TimerDeadline {

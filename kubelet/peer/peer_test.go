@@ -247,6 +247,18 @@ func TestRefusalsAreLoggedOnce(t *testing.T) {
 	if len(lines) != 5 {
 		t.Errorf("%d lines for 5 requests: %q", len(lines), lines)
 	}
+
+	// What the kubelet has refused itself, with a port of its own for each request.
+	lines = nil
+	clear(counted)
+	for i := range 5 {
+		h.RefusedBefore("", fmt.Sprintf("10.0.0.1:%d", 1000+i), wire.Errorf(wire.CodeUnknownCaller, "the caller is not authenticated"))
+		h.RefusedBefore("", fmt.Sprintf("[fd00::1]:%d", 1000+i), wire.Errorf(wire.CodeUnknownCaller, "the caller is not authenticated"))
+		h.RefusedBefore("jane", fmt.Sprintf("10.0.0.1:%d", 1000+i), wire.Errorf(wire.CodeForbidden, "the user may not create nodes/migration"))
+	}
+	if len(lines) != 3 || counted[wire.CodeUnknownCaller] != 10 || counted[wire.CodeForbidden] != 5 {
+		t.Errorf("counted %v, %d lines: %q", counted, len(lines), lines)
+	}
 }
 
 // TestDeadline: a session that does not answer is not waited for.

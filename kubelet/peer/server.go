@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"mime"
+	"net"
 	"net/http"
 	"strconv"
 	"strings"
@@ -70,8 +71,10 @@ type Server struct {
 // refusal is what is logged once.
 type refusal struct {
 	user, session string
-	verb          wire.Verb
-	code          wire.Code
+	// host is set for callers who may have no name.
+	host string
+	verb wire.Verb
+	code wire.Code
 }
 
 // maxSaid bounds what the server remembers about refusals; beyond it, it forgets and
@@ -354,9 +357,25 @@ func (s *Server) report(r *http.Request, c Call, out sent, start time.Time, err 
 		if s.Refused != nil {
 			s.Refused(c.Verb, e.Code)
 		}
-		if s.first(refusal{c.Caller.User, c.ID, c.Verb, e.Code}) {
+		if s.first(refusal{user: c.Caller.User, session: c.ID, verb: c.Verb, code: e.Code}) {
 			log.Info("Refused migration request", "code", e.Code, "reason", e.Message, "remote", r.RemoteAddr)
 		}
+	}
+}
+
+// RefusedBefore reports a request that never got here: the kubelet's authentication or
+// authorisation has refused it. user is empty if nobody was authenticated. Whatever
+// such a caller asks for, it is one line for each user, code and host.
+func (s *Server) RefusedBefore(user, remote string, e *wire.Error) {
+	if s.Refused != nil {
+		s.Refused("", e.Code)
+	}
+	host, _, err := net.SplitHostPort(remote)
+	if err != nil {
+		host = remote
+	}
+	if s.first(refusal{user: user, host: host, code: e.Code}) {
+		s.log.Info("Refused migration request", "caller", user, "code", e.Code, "reason", e.Message, "remote", remote)
 	}
 }
 

@@ -26,6 +26,7 @@ const ReasonCloned = "Cloned"
 // Reasons of ConditionCloned when its status is False.
 const (
 	ReasonMigrationDisabled = "MigrationDisabled"
+	ReasonTargetUnfit       = "TargetUnfit"
 	ReasonSourceRefused     = "SourceRefused"
 	ReasonSourceUnreachable = "SourceUnreachable"
 	ReasonSourceLost        = "SourceLost"
