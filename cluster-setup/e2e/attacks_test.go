@@ -316,7 +316,7 @@ func TestSessionsBelongToTheNodeOfTheClone(t *testing.T) {
 
 // nodeThatMoves makes a node without a kubelet, which declares that it can move pods,
 // until the test ends.
-func nodeThatMoves(ctx context.Context, t *testing.T, k *kit.Kit, name string) *v1.Node {
+func nodeThatMoves(ctx context.Context, t *testing.T, k *kit.Kit, name string) {
 	t.Helper()
 	nodes := k.Client.CoreV1().Nodes()
 	t.Cleanup(func() {
@@ -326,15 +326,18 @@ func nodeThatMoves(ctx context.Context, t *testing.T, k *kit.Kit, name string) *
 			t.Error(err)
 		}
 	})
-	n, err := nodes.Create(ctx, &v1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
-	if err != nil {
+	if _, err := nodes.Create(ctx, &v1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	n.Status.DeclaredFeatures = []string{"PodMigration"}
-	if n, err = nodes.UpdateStatus(ctx, n, metav1.UpdateOptions{}); err != nil {
+	setNodeStatus(ctx, t, k, name, `{"declaredFeatures": ["PodMigration"]}`)
+}
+
+// setNodeStatus changes a part of a node's status.
+func setNodeStatus(ctx context.Context, t *testing.T, k *kit.Kit, name, part string) {
+	t.Helper()
+	if _, err := k.Client.CoreV1().Nodes().PatchStatus(ctx, name, []byte(`{"status": `+part+`}`)); err != nil {
 		t.Fatal(err)
 	}
-	return n
 }
 
 // bindTo puts a clone on a node without asking the scheduler.

@@ -167,14 +167,7 @@ func TestTargetsThatCannotTakeThePodAreRefused(t *testing.T) {
 		undisturbed(ctx, t, k, p, before)
 
 		// A gate can be switched off after the clone was bound: then the kubelet refuses it.
-		n, err := k.Client.CoreV1().Nodes().Get(ctx, node2, metav1.GetOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		n.Status.DeclaredFeatures = slices.Sorted(slices.Values(append(n.Status.DeclaredFeatures, "PodMigration")))
-		if _, err := k.Client.CoreV1().Nodes().UpdateStatus(ctx, n, metav1.UpdateOptions{}); err != nil {
-			t.Fatal(err)
-		}
+		setNodeStatus(ctx, t, k, node2, `{"declaredFeatures": ["PodMigration"]}`)
 		expectRefusal(ctx, t, k, "c-gate", []string{"PodMigration is switched off on node node2", "switch the feature gate PodMigration on there"})
 		undisturbed(ctx, t, k, p, before)
 		back()
@@ -272,7 +265,7 @@ func TestAnotherProtocolVersionIsRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := nodeThatMoves(ctx, t, k, node3)
+	nodeThatMoves(ctx, t, k, node3)
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
@@ -281,11 +274,7 @@ func TestAnotherProtocolVersionIsRefused(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	n.Status.Addresses = []v1.NodeAddress{{Type: v1.NodeInternalIP, Address: hub}}
-	n.Status.DaemonEndpoints.KubeletEndpoint.Port = int32(port)
-	if _, err := k.Client.CoreV1().Nodes().UpdateStatus(ctx, n, metav1.UpdateOptions{}); err != nil {
-		t.Fatal(err)
-	}
+	setNodeStatus(ctx, t, k, node3, fmt.Sprintf(`{"addresses": [{"type": "InternalIP", "address": %q}], "daemonEndpoints": {"kubeletEndpoint": {"Port": %d}}}`, hub, port))
 	if err := k.Create(ctx, strings.Replace(counterPod(""), "nodeName: node1", "nodeName: "+node3, 1)); err != nil {
 		t.Fatal(err)
 	}
