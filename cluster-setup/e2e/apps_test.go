@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -15,6 +16,7 @@ import (
 	v1 "k8s.io/api/core/v1"
 
 	"podmig.dev/podmig/cluster-setup/kit"
+	"podmig.dev/podmig/kubelet/apis/migration/v1alpha1"
 	"podmig.dev/podmig/tools/clone"
 )
 
@@ -310,6 +312,13 @@ func TestGoServerMoves(t *testing.T) {
 			t.Errorf("before %+v, after %+v", before, after)
 		}
 		before = after
+		// Nothing of the clone is said to have started before it was restored.
+		events := k.Events(ctx, p.Name)
+		restoring := slices.IndexFunc(events, func(e v1.Event) bool { return e.Reason == v1alpha1.ReasonRestoring })
+		started := slices.IndexFunc(events, func(e v1.Event) bool { return e.Reason == "Started" })
+		if restoring < 0 || started < restoring {
+			t.Errorf("move %d: of the events Restoring is number %d and Started number %d", i+1, restoring, started)
+		}
 	}
 }
 

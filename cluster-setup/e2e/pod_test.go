@@ -194,6 +194,16 @@ func TestPodOfThreeContainersMovesTwentyTimes(t *testing.T) {
 				t.Errorf("move %d: container %s was restarted %d times, before the moves %d times", i, name, is.RestartCount, was.RestartCount)
 			}
 		}
+		// However many connections it has, it is said once that the move closes them.
+		var closed []string
+		for _, e := range k.Events(ctx, p.Name) {
+			if e.Reason == "EstablishedTCP" {
+				closed = append(closed, e.Message)
+			}
+		}
+		if len(closed) != 1 || !strings.Contains(closed[0], "TCP connections are established") {
+			t.Errorf("move %d: events about connections: %q", i, closed)
+		}
 		until(ctx, t, "container left is probed", func() error {
 			if n := getJSON[sequenceState](ctx, t, p, sequencePorts["left"], "/status").Probes; n <= before["left"].Probes {
 				return fmt.Errorf("it was probed %d times, before the move %d times", n, before["left"].Probes)
