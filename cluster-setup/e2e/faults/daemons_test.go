@@ -30,7 +30,7 @@ func TestFaultDaemonKilled(t *testing.T) {
 	for _, s := range []scenario{
 		{name: "target kubelet", at: beforeFreeze, breaks: kill(target, cluster.Kubelet), ends: source, reasons: []string{"KubeletRestarted"}},
 		{name: "source kubelet", at: freezes, breaks: kill(source, cluster.Kubelet), ends: source, reasons: []string{"StreamFailed", "FreezeFailed"}},
-		{name: "target containerd", at: beforeFreeze, breaks: kill(target, cluster.Containerd), ends: source, reasons: []string{"StreamFailed", "VerifyFailed"}},
+		{name: "target containerd", at: beforeFreeze, breaks: kill(target, cluster.Containerd), ends: source, reasons: []string{"StreamFailed", "VerifyFailed", "RuntimeRestarted"}},
 		{name: "source containerd", at: freezes, breaks: kill(source, cluster.Containerd), ends: source, reasons: []string{"StreamFailed", "FreezeFailed", "VerifyFailed"}},
 
 		{name: "target kubelet", at: frozenTarget, breaks: kill(target, cluster.Kubelet), ends: source, reasons: []string{"KubeletRestarted"}},
