@@ -27,7 +27,7 @@ const (
 
 // Daemons that end and are started again.
 func TestFaultDaemonKilled(t *testing.T) {
-	for _, s := range []scenario{
+	runAll(t, []scenario{
 		{name: "target kubelet", at: beforeFreeze, breaks: kill(target, cluster.Kubelet), ends: source, reasons: []string{"KubeletRestarted"}},
 		{name: "source kubelet", at: freezes, breaks: kill(source, cluster.Kubelet), ends: source, reasons: []string{"StreamFailed", "FreezeFailed"}},
 		{name: "target containerd", at: beforeFreeze, breaks: kill(target, cluster.Containerd), ends: source, reasons: []string{"StreamFailed", "VerifyFailed", "RuntimeRestarted"}},
@@ -51,7 +51,5 @@ func TestFaultDaemonKilled(t *testing.T) {
 		{name: "source kubelet", at: marksSource, breaks: kill(source, cluster.Kubelet), ends: target},
 		{name: "target containerd", at: saysDone, breaks: kill(target, cluster.Containerd), ends: target},
 		{name: "target kubelet", at: recordsCloned, breaks: kill(target, cluster.Kubelet), ends: target},
-	} {
-		t.Run(s.name+" at "+s.at, s.run)
-	}
+	})
 }

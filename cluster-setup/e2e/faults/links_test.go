@@ -15,7 +15,7 @@ const outage = 2 * time.Second
 // The cable of a node, cut and healed. Neither node hears anything of the other nor of
 // the API server.
 func TestFaultLinkCut(t *testing.T) {
-	for _, s := range []scenario{
+	runAll(t, []scenario{
 		{name: "source", at: beforeFreeze, breaks: cut(source), after: all(pause(outage), heal(source)), ends: target},
 		{name: "target for long", at: beforeFreeze, breaks: cut(target),
 			// The source gives up by itself when its deadline has passed; it never stopped running.
@@ -34,7 +34,5 @@ func TestFaultLinkCut(t *testing.T) {
 		{name: "source before done", at: saysDone, breaks: cut(source), after: all(runsOn(target), pause(outage), heal(source)), ends: target},
 		{name: "answer to the commit lost and the source's kubelet with it", at: givenAway,
 			breaks: all(cut(source), kill(source, cluster.Kubelet)), after: all(frozen(outage), heal(source)), ends: target},
-	} {
-		t.Run(s.name+" at "+s.at, s.run)
-	}
+	})
 }

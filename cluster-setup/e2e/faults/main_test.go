@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -24,17 +25,44 @@ import (
 	"podmig.dev/podmig/kubelet/migration"
 )
 
-// The nodes of the cluster, by what they are in every test.
+// What a machine is in a scenario.
 const (
-	source = "node1"
-	target = "node2"
+	source = "source"
+	target = "target"
 	hub    = "hub"
 )
 
+// lane is a pair of nodes between which one pod at a time is moved: the machine of
+// each part. Lanes share the machine of the control plane and nothing else.
+type lane map[string]string
+
+// lanes are as many as scenarios run at a time. A scenario mostly waits, so two of
+// them are not too much for two processors.
+var lanes = []lane{
+	{source: "node1", target: "node2", hub: hub},
+	{source: "node3", target: "node4", hub: hub},
+}
+
+// free has the lanes that nobody uses.
+var free = make(chan lane, len(lanes))
+
+// whole is held for reading by scenarios with a lane, for writing by one that breaks
+// what all lanes share.
+var whole sync.RWMutex
+
+// nodes are the machines of all lanes.
+func nodes() []string {
+	var all []string
+	for _, l := range lanes {
+		all = append(all, l[source], l[target])
+	}
+	return all
+}
+
 // deadlines are short enough for a test and long enough for a busy machine.
 var deadlines = migration.Deadlines{
-	Idle: 20 * time.Second, Open: 20 * time.Second, Stream: 15 * time.Second, Freeze: 12 * time.Second,
-	Commit: 3 * time.Second, Restore: 20 * time.Second, Outcome: 3 * time.Second, Abort: 5 * time.Second,
+	Idle: 20 * time.Second, Open: 20 * time.Second, Stream: 10 * time.Second, Freeze: 10 * time.Second,
+	Commit: 3 * time.Second, Restore: 16 * time.Second, Outcome: 3 * time.Second, Abort: 5 * time.Second,
 	RetryMax: time.Second,
 }
 
@@ -42,7 +70,7 @@ var deadlines = migration.Deadlines{
 var (
 	admin    *kit.Kit
 	watch    *witness
-	baseline = map[string]map[string]int{} // by node
+	baseline = map[string]map[string]int{} // by machine
 )
 
 func TestMain(m *testing.M) {
@@ -97,10 +125,13 @@ func provide(ctx context.Context) (*cluster.Cluster, func() error, error) {
 		images = append(images, filepath.Join(build, "images", name+".tar"))
 	}
 	bin := filepath.Join(build, "bin")
+	broken := make(map[string]string)
+	for _, node := range nodes() {
+		broken[node] = filepath.Join(bin, "faults")
+	}
 	o := cluster.Options{
-		Name: filepath.Base(dir), Dir: dir, Bin: bin, RootFS: filepath.Join(build, "image", "rootfs"), Nodes: 2, Images: images,
-		NodeBin:   map[string]string{source: filepath.Join(bin, "faults"), target: filepath.Join(bin, "faults")},
-		ProxyMode: "nftables", Progress: os.Stdout,
+		Name: filepath.Base(dir), Dir: dir, Bin: bin, RootFS: filepath.Join(build, "image", "rootfs"), Nodes: len(broken), Images: images,
+		NodeBin: broken, ProxyMode: "nftables", Progress: os.Stdout,
 	}
 	// What an interrupted run has left behind goes first.
 	if err := cluster.Down(ctx, o.Name, o.Dir); err != nil && !errors.Is(err, cluster.ErrNoCluster) {
@@ -122,7 +153,7 @@ func prepare(ctx context.Context, c *cluster.Cluster) error {
 	if admin, err = kit.New(c, metav1.NamespaceDefault); err != nil {
 		return err
 	}
-	for _, node := range []string{source, target} {
+	for _, node := range nodes() {
 		m, err := c.Machine(node)
 		if err != nil {
 			return err
@@ -151,23 +182,26 @@ func prepare(ctx context.Context, c *cluster.Cluster) error {
 	if watch, err = newWitness(ctx, c); err != nil {
 		return err
 	}
-	if err := nodesReady(ctx); err != nil {
-		return err
-	}
-	for _, node := range []string{source, target} {
-		if baseline[node], err = look(ctx, node); err != nil {
+	for _, l := range lanes {
+		if err := l.ready(ctx); err != nil {
 			return err
 		}
+		for _, node := range []string{l[source], l[target]} {
+			if baseline[node], err = look(ctx, node); err != nil {
+				return err
+			}
+		}
+		free <- l
 	}
 	return nil
 }
 
-// nodesReady waits until every daemon runs and every node takes pods.
-func nodesReady(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+// ready waits until every daemon runs and both nodes take pods.
+func (l lane) ready(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	for {
-		why := unready(ctx)
+		why := l.unready(ctx)
 		if why == nil {
 			return nil
 		}
@@ -180,8 +214,8 @@ func nodesReady(ctx context.Context) error {
 	}
 }
 
-func unready(ctx context.Context) error {
-	for _, name := range []string{hub, source, target} {
+func (l lane) unready(ctx context.Context) error {
+	for _, name := range l {
 		m, err := admin.Cluster.Machine(name)
 		if err != nil {
 			return err
@@ -196,11 +230,11 @@ func unready(ctx context.Context) error {
 			}
 		}
 	}
-	nodes, err := admin.Client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
-	if err != nil {
-		return err
-	}
-	for _, n := range nodes.Items {
+	for _, part := range []string{source, target} {
+		n, err := admin.Client.CoreV1().Nodes().Get(ctx, l[part], metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
 		if len(n.Spec.Taints) > 0 {
 			return fmt.Errorf("%s has the taint %s", n.Name, n.Spec.Taints[0].Key)
 		}

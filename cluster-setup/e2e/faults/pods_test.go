@@ -10,7 +10,7 @@ import (
 
 // Pods that are deleted in the middle.
 func TestFaultPodDeleted(t *testing.T) {
-	for _, s := range []scenario{
+	runAll(t, []scenario{
 		{name: "clone", at: beforeFreeze, breaks: remove(clonePod), ends: source, cloneGone: true},
 		{name: "clone", at: frozenTarget, breaks: remove(clonePod), ends: source, cloneGone: true},
 		// After the commit it is restored first and then ends like any other pod.
@@ -24,37 +24,31 @@ func TestFaultPodDeleted(t *testing.T) {
 		// Afterwards it waits until the clone runs.
 		{name: "source", at: givenAway, breaks: remove(sourcePod), ends: target, sourceGone: true},
 		{name: "source", at: saysDone, breaks: remove(sourcePod), ends: target, sourceGone: true},
-	} {
-		t.Run(s.name+" at "+s.at, s.run)
-	}
+	})
 }
 
 // Waits that take too long.
 func TestFaultDeadline(t *testing.T) {
-	for _, s := range []scenario{
+	runAll(t, []scenario{
 		{name: "the target does not ask for the freeze", at: beforeFreeze, breaks: all(runsOn(source), pause(deadlines.Stream)), ends: source,
 			reasons: []string{"FreezeFailed", "StreamFailed", "DeadlineExceeded", "VerifyFailed"}},
 		{name: "the target does not commit", at: asksCommit, breaks: all(frozen(outage), runsOn(source)), ends: source, reasons: []string{"SourceRefused"}},
 		// Until the runtime says that no restored process exists, the source stays frozen.
 		{name: "the target's runtime stays away", at: restores, breaks: stop(target, cluster.Containerd),
 			after: all(frozen(deadlines.Restore/2+outage), start(target, cluster.Containerd)), ends: source, reasons: []string{"RestoreFailed"}},
-	} {
-		t.Run(s.name, s.run)
-	}
+	})
 }
 
 // Daemons that stay away for a while.
 func TestFaultDaemonDown(t *testing.T) {
-	api := func(f *fault) error { return stop(hub, "kube-apiserver")(f) }
-	for _, s := range []scenario{
-		{name: "API server", at: beforeFreeze, breaks: api, after: all(runsOn(target), start(hub, "kube-apiserver")), ends: target},
-		{name: "API server", at: givenAway, breaks: api, after: all(runsOn(target), start(hub, "kube-apiserver")), ends: target},
+	api := stop(hub, "kube-apiserver")
+	runAll(t, []scenario{
+		{name: "API server", at: beforeFreeze, breaks: api, after: all(runsOn(target), start(hub, "kube-apiserver")), ends: target, alone: true},
+		{name: "API server", at: givenAway, breaks: api, after: all(runsOn(target), start(hub, "kube-apiserver")), ends: target, alone: true},
 		{name: "source kubelet", at: givenAway, breaks: stop(source, cluster.Kubelet), after: all(frozen(outage), start(source, cluster.Kubelet)), ends: target},
 		{name: "source containerd", at: stopsSource, breaks: stop(source, cluster.Containerd), after: all(runsOn(target), pause(outage), start(source, cluster.Containerd)), ends: target},
 		{name: "target kubelet", at: restores, breaks: stop(target, cluster.Kubelet), after: all(frozen(outage), start(target, cluster.Kubelet)), ends: target},
 		{name: "both kubelets", at: givenAway, breaks: all(stop(source, cluster.Kubelet), stop(target, cluster.Kubelet)),
 			after: all(frozen(outage), start(target, cluster.Kubelet), start(source, cluster.Kubelet)), ends: target},
-	} {
-		t.Run(s.name+" at "+s.at, s.run)
-	}
+	})
 }

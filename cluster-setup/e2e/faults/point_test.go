@@ -34,8 +34,8 @@ type point struct {
 }
 
 // setPoint asks a node to stop at a name: whoever opens the FIFO for reading waits.
-func setPoint(node, name string) (*point, error) {
-	m, err := admin.Cluster.Machine(node)
+func (f *fault) setPoint(node, name string) (*point, error) {
+	m, err := f.machine(node)
 	if err != nil {
 		return nil, err
 	}
@@ -91,7 +91,7 @@ func (p *point) release() {
 	}
 }
 
-// side is the node of a point by its name.
+// side is whose point one is, by its name.
 func side(point string) string {
 	if strings.HasPrefix(point, "source.") {
 		return source
@@ -100,8 +100,8 @@ func side(point string) string {
 }
 
 // clearPoints removes what a test that failed has left.
-func clearPoints(node string) error {
-	m, err := admin.Cluster.Machine(node)
+func (f *fault) clearPoints(node string) error {
+	m, err := f.machine(node)
 	if err != nil {
 		return err
 	}

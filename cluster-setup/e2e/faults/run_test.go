@@ -21,6 +21,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"podmig.dev/podmig/cluster-setup/kit"
+	"podmig.dev/podmig/cluster-setup/provider/netns"
 	"podmig.dev/podmig/cluster-setup/supervisor"
 	"podmig.dev/podmig/kubelet/apis/migration/v1alpha1"
 	"podmig.dev/podmig/tools/clone"
@@ -40,7 +41,7 @@ apiVersion: v1
 kind: Pod
 metadata: {name: source}
 spec:
-  nodeName: node1
+  nodeName: %s
   terminationGracePeriodSeconds: 1
   containers:
   - name: counter
@@ -75,6 +76,28 @@ type scenario struct {
 	undone bool
 	// sourceGone, cloneGone: the scenario deletes the pod.
 	sourceGone, cloneGone bool
+	// alone: it breaks what others use.
+	alone bool
+}
+
+// runAll runs scenarios, as many at a time as there are lanes.
+func runAll(t *testing.T, all []scenario) {
+	t.Parallel()
+	for _, s := range all {
+		t.Run(s.name+" at "+s.at, func(t *testing.T) {
+			t.Parallel()
+			if s.alone {
+				whole.Lock()
+				defer whole.Unlock()
+			} else {
+				whole.RLock()
+				defer whole.RUnlock()
+			}
+			l := <-free
+			defer func() { free <- l }()
+			s.run(t, l)
+		})
+	}
 }
 
 // fault is a running scenario.
@@ -83,20 +106,25 @@ type fault struct {
 	scenario
 	ctx     context.Context
 	k       *kit.Kit
+	lane    lane
 	counter string
 	undo    []func()
 }
+
+// machine is the one that has a part in the scenario.
+func (f *fault) machine(part string) (netns.Machine, error) { return f.k.Cluster.Machine(f.lane[part]) }
 
 // later is done when the scenario is over, however it ends.
 func (f *fault) later(undo func()) { f.undo = append(f.undo, undo) }
 
 // limit bounds one scenario.
-const limit = 90 * time.Second
+const limit = 3 * time.Minute
 
-func (s scenario) run(t *testing.T) {
+func (s scenario) run(t *testing.T, l lane) {
+	began := time.Now()
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
-	if err := nodesReady(ctx); err != nil {
+	if err := l.ready(ctx); err != nil {
 		t.Fatal(err)
 	}
 	id := "f-" + strings.ToLower(rand.Text()[:8])
@@ -104,7 +132,7 @@ func (s scenario) run(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &fault{T: t, scenario: s, ctx: ctx, k: k, counter: id}
+	f := &fault{T: t, scenario: s, ctx: ctx, k: k, lane: l, counter: id}
 	defer f.end()
 	if err := f.move(); err != nil {
 		t.Fatal(err)
@@ -127,12 +155,12 @@ func (s scenario) run(t *testing.T) {
 	} else if !slices.Equal(h.nodes, want) && !(s.undone && slices.Equal(h.nodes, []string{source, target, source})) {
 		t.Fatalf("the pod ran on %v, want %v", h.nodes, want)
 	}
-	t.Log(h)
+	t.Logf("%s; %s and %s, %s", h, l[source], l[target], time.Since(began).Round(10*time.Millisecond))
 }
 
 // move starts a migration and breaks it.
 func (f *fault) move() error {
-	if err := f.k.Create(f.ctx, fmt.Sprintf(podYAML, f.counter, witnessAddress, witnessPort, pace)); err != nil {
+	if err := f.k.Create(f.ctx, fmt.Sprintf(podYAML, f.lane[source], f.counter, witnessAddress, witnessPort, pace)); err != nil {
 		return err
 	}
 	if _, err := f.k.WaitRunning(f.ctx, sourcePod); err != nil {
@@ -146,12 +174,12 @@ func (f *fault) move() error {
 			return err
 		}
 	}
-	p, err := setPoint(side(f.at), f.at)
+	p, err := f.setPoint(side(f.at), f.at)
 	if err != nil {
 		return err
 	}
 	defer p.release()
-	if err := f.k.Clone(f.ctx, sourcePod, clone.Options{Name: clonePod, Node: target}); err != nil {
+	if err := f.k.Clone(f.ctx, sourcePod, clone.Options{Name: clonePod, Node: f.lane[target]}); err != nil {
 		return err
 	}
 	if err := p.reached(f.ctx); err != nil {
@@ -297,7 +325,7 @@ func (f *fault) end() {
 		undo()
 	}
 	for _, node := range []string{source, target} {
-		if err := clearPoints(node); err != nil {
+		if err := f.clearPoints(node); err != nil {
 			f.Error(err)
 		}
 	}
@@ -311,7 +339,7 @@ func (f *fault) end() {
 	}
 	var both sync.WaitGroup
 	for _, node := range []string{source, target} {
-		both.Go(func() { clean(ctx, f.T, node) })
+		both.Go(func() { clean(ctx, f.T, f.lane[node]) })
 	}
 	both.Wait()
 }
@@ -322,7 +350,7 @@ func (f *fault) tell(ctx context.Context) {
 	text, err := f.k.Kubectl(ctx, "get", "pods,events", "-o", "wide")
 	f.Logf("in the end: %v\n%s", err, text)
 	for _, node := range []string{source, target} {
-		m, err := admin.Cluster.Machine(node)
+		m, err := f.machine(node)
 		if err != nil {
 			f.Log(err)
 			continue
@@ -347,7 +375,7 @@ func (f *fault) tell(ctx context.Context) {
 
 // kill ends a daemon at once; its supervisor starts it again.
 func kill(node, daemon string) func(*fault) error {
-	return func(f *fault) error { return killDaemon(f.ctx, node, daemon) }
+	return func(f *fault) error { return killDaemon(f.ctx, f.lane[node], daemon) }
 }
 
 // killDaemon returns when the daemon has ended.
@@ -387,7 +415,7 @@ func killDaemon(ctx context.Context, node, daemon string) error {
 // stop ends a daemon and leaves it down until start.
 func stop(node, daemon string) func(*fault) error {
 	return func(f *fault) error {
-		m, err := admin.Cluster.Machine(node)
+		m, err := f.machine(node)
 		if err != nil {
 			return err
 		}
@@ -397,7 +425,7 @@ func stop(node, daemon string) func(*fault) error {
 			}
 		})
 		// Not in order: what it has under way is cut off.
-		if err := killDaemon(f.ctx, node, daemon); err != nil {
+		if err := killDaemon(f.ctx, f.lane[node], daemon); err != nil {
 			return err
 		}
 		return m.Supervisor().Stop(f.ctx, daemon)
@@ -407,7 +435,7 @@ func stop(node, daemon string) func(*fault) error {
 // start lets a daemon run again.
 func start(node, daemon string) func(*fault) error {
 	return func(f *fault) error {
-		m, err := admin.Cluster.Machine(node)
+		m, err := f.machine(node)
 		if err != nil {
 			return err
 		}
@@ -419,17 +447,17 @@ func start(node, daemon string) func(*fault) error {
 func cut(node string) func(*fault) error {
 	return func(f *fault) error {
 		f.later(func() {
-			if err := f.k.Cluster.SetLink(node, true); err != nil {
+			if err := f.k.Cluster.SetLink(f.lane[node], true); err != nil {
 				f.Error(err)
 			}
 		})
-		return f.k.Cluster.SetLink(node, false)
+		return f.k.Cluster.SetLink(f.lane[node], false)
 	}
 }
 
 // heal plugs it in again.
 func heal(node string) func(*fault) error {
-	return func(f *fault) error { return f.k.Cluster.SetLink(node, true) }
+	return func(f *fault) error { return f.k.Cluster.SetLink(f.lane[node], true) }
 }
 
 // pause lets a fault last for some time.

@@ -20,7 +20,7 @@ const criu = "/usr/sbin/criu"
 // criu.real.
 func replaceCRIU(node, script string) func(*fault) error {
 	return func(f *fault) error {
-		m, err := admin.Cluster.Machine(node)
+		m, err := f.machine(node)
 		if err != nil {
 			return err
 		}
@@ -51,7 +51,7 @@ func heldCRIU(node string, breaks func(*fault) error) (install, during func(*fau
 	const name = "criu"
 	var p *point
 	install = func(f *fault) (err error) {
-		if p, err = setPoint(node, name); err != nil {
+		if p, err = f.setPoint(node, name); err != nil {
 			return err
 		}
 		f.later(p.release)
@@ -87,7 +87,7 @@ func duringRestore(s scenario) scenario {
 
 // loseBinary removes the program of the clone's container, which CRIU has to map.
 func loseBinary(f *fault) error {
-	m, err := admin.Cluster.Machine(target)
+	m, err := f.machine(target)
 	if err != nil {
 		return err
 	}
@@ -108,13 +108,13 @@ func loseBinary(f *fault) error {
 // command runs a command in a node.
 func command(node string, args ...string) func(*fault) error {
 	return func(f *fault) error {
-		return f.k.Cluster.Run(f.ctx, node, supervisor.Command{Args: args, Stderr: f.Output()})
+		return f.k.Cluster.Run(f.ctx, f.lane[node], supervisor.Command{Args: args, Stderr: f.Output()})
 	}
 }
 
 // CRIU that fails, and CRIU that takes long while daemons end around it.
 func TestFaultCRIU(t *testing.T) {
-	for _, s := range []scenario{
+	runAll(t, []scenario{
 		{name: "dump fails", at: freezes, breaks: failCRIU(source), ends: source, reasons: []string{"FreezeFailed", "StreamFailed", "VerifyFailed"}},
 		{name: "no restore at all", at: restores, breaks: failCRIU(target), ends: source, reasons: []string{"RestoreFailed"}},
 		duringRestore(scenario{name: "restore fails in the middle", breaks: loseBinary, ends: source, reasons: []string{"RestoreFailed"}}),
@@ -139,9 +139,7 @@ func TestFaultCRIU(t *testing.T) {
 			reasons: []string{"RestoreFailed"}}),
 		duringRestore(scenario{name: "restore beyond its deadline", breaks: pause(deadlines.Restore + outage), ends: source,
 			reasons: []string{"DeadlineExceeded"}}),
-	} {
-		t.Run(s.name, s.run)
-	}
+	})
 }
 
 // Places on the nodes that are full.
@@ -167,13 +165,11 @@ func TestFaultFull(t *testing.T) {
 		}
 	}
 	shrink := command(target, "sh", "-ec", `for d in /run/containerd/io.containerd.grpc.v1.podmig-migration/r/*/mem; do mount -o remount,size=128k $d; done`)
-	for _, s := range []scenario{
+	runAll(t, []scenario{
 		{name: "memory of the target", at: beforeFreeze, breaks: shrink, ends: source, reasons: []string{"VerifyFailed", "StreamFailed", "FreezeFailed"}},
 		{name: "disk of the target before the freeze", before: small(target), at: "target.journal-arming-durable", breaks: fill(target),
 			ends: source, reasons: []string{"JournalFailed"}},
 		{name: "disk of the target while frozen", before: small(target), at: frozenTarget, breaks: fill(target), ends: source, reasons: []string{"JournalFailed"}},
 		{name: "disk of the source at the commit", before: small(source), at: givesAway, breaks: fill(source), ends: source, reasons: []string{"SourceRefused"}},
-	} {
-		t.Run(s.name, s.run)
-	}
+	})
 }

@@ -48,18 +48,20 @@ type witness struct {
 
 func newWitness(ctx context.Context, c *cluster.Cluster) (*witness, error) {
 	w := &witness{ticks: map[string][]tick{}, news: make(chan struct{})}
-	for _, node := range []string{source, target} {
-		m, err := c.Machine(node)
-		if err != nil {
-			return nil, err
+	for _, l := range lanes {
+		for _, part := range []string{source, target} {
+			m, err := c.Machine(l[part])
+			if err != nil {
+				return nil, err
+			}
+			s, err := m.ListenPacket(ctx, "udp", net.JoinHostPort(witnessAddress, witnessPort))
+			if err != nil {
+				w.close()
+				return nil, err
+			}
+			w.sockets = append(w.sockets, s)
+			w.done.Go(func() { w.hear(part, s) })
 		}
-		s, err := m.ListenPacket(ctx, "udp", net.JoinHostPort(witnessAddress, witnessPort))
-		if err != nil {
-			w.close()
-			return nil, err
-		}
-		w.sockets = append(w.sockets, s)
-		w.done.Go(func() { w.hear(node, s) })
 	}
 	return w, nil
 }
