@@ -1,7 +1,6 @@
 package service
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -11,28 +10,32 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// barrierTimeout bounds how long a restored container waits for the others.
+// barrierTimeout bounds how long a restored container waits for the others and for
+// somebody who wants it.
 const barrierTimeout = 2 * time.Minute
 
 // barrier keeps the processes of a pod's containers from running until all containers
-// are restored. Without it the first one would go on while CRIU still compares the
-// files of the second with what they were at the freeze, and a container that cannot
-// be restored would be noticed when others have run already.
+// are restored and for each of them a caller waits. Without it the first one would go
+// on while CRIU still compares the files of the second with what they were at the
+// freeze, a container that cannot be restored would be noticed when others have run
+// already, and a restore whose caller has died would bring up processes of which nobody
+// knows. Such a restore waits here for the caller's successor.
 //
 // CRIU calls a script when everything is restored and nothing runs yet. The script
 // waits at a pipe of this process; if this process ends, so does the restore.
 type barrier struct {
 	mu      sync.Mutex
 	missing map[string]bool // by container ID
+	callers map[string]int  // by container ID
 	err     error
 	// passed is closed when the last container is there, or when err is set.
 	passed chan struct{}
 }
 
 func newBarrier(cs []Container) *barrier {
-	b := &barrier{missing: map[string]bool{}, passed: make(chan struct{})}
+	b := &barrier{missing: map[string]bool{}, callers: map[string]int{}, passed: make(chan struct{})}
 	for _, c := range cs {
-		b.missing[c.ID] = true
+		b.missing[c.ID], b.callers[c.ID] = true, 0
 	}
 	return b
 }
@@ -42,12 +45,36 @@ func (b *barrier) arrive(id string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	delete(b.missing, id)
-	if len(b.missing) == 0 {
-		b.end(nil)
-	}
+	b.look()
 }
 
-// abort lets none of the containers run. After the last one has arrived it has no effect.
+// join notes that a caller waits for a container, leave that it does not any more.
+func (b *barrier) join(id string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.callers[id]++
+	b.look()
+}
+
+func (b *barrier) leave(id string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.callers[id]--
+}
+
+func (b *barrier) look() {
+	if len(b.missing) > 0 {
+		return
+	}
+	for _, n := range b.callers {
+		if n == 0 {
+			return
+		}
+	}
+	b.end(nil)
+}
+
+// abort lets none of the containers run. After they were let go it has no effect.
 func (b *barrier) abort(err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -81,7 +108,7 @@ type gate struct {
 }
 
 // gate returns the gate of one container. restored is called when it is restored.
-func (b *barrier) gate(ctx context.Context, id string, restored func()) (_ *gate, err error) {
+func (b *barrier) gate(id string, restored func()) (_ *gate, err error) {
 	g := &gate{b: b}
 	defer func() {
 		if err != nil {
@@ -115,16 +142,17 @@ func (b *barrier) gate(ctx context.Context, id string, restored func()) (_ *gate
 		return nil, fmt.Errorf("script of the restore: %w", err)
 	}
 	g.watch.Go(func() {
-		ctx, cancel := context.WithTimeout(ctx, barrierTimeout)
-		defer cancel()
-		defer context.AfterFunc(ctx, func() { b.abort(fmt.Errorf("the other containers were not restored in time: %w", ctx.Err())) })()
 		defer g.goOut.Close()
 		if _, err := g.readyIn.Read(make([]byte, 1)); err != nil {
 			return // Closed: the restore has ended.
 		}
 		restored()
 		b.arrive(id)
-		<-b.passed
+		select {
+		case <-b.passed:
+		case <-time.After(barrierTimeout):
+			b.abort(errors.New("not everything was restored and wanted within " + barrierTimeout.String()))
+		}
 		if b.verdict() == nil {
 			// The script is gone if the container has failed meanwhile.
 			_, _ = g.goOut.WriteString("go\n")

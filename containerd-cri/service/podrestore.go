@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -19,6 +20,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"podmig.dev/podmig/containerd-cri/checkpoint"
+	"podmig.dev/podmig/containerd-cri/runtime"
 	migration "podmig.dev/podmig/cri-api/migration/v1alpha1"
 )
 
@@ -411,7 +413,8 @@ func (s *Service) startPrepared(ctx context.Context, r *restoreSession, c *Conta
 	if err := os.WriteFile(conf, []byte(s.c.CRIUOptions), 0o600); err != nil {
 		return err
 	}
-	// As in a migration: a restore runs to its end, and is undone if nobody waited.
+	// Cut off in the middle, a restore could still end with running processes. So it runs
+	// to its end, and is undone if nobody waited.
 	whole, cancel := context.WithTimeout(context.WithoutCancel(ctx), restoreTimeout)
 	defer cancel()
 	err = s.c.Containers.Start(whole, c.ID, Restore{Images: r.images(c.Name), Work: work, Config: conf, StartedAt: time.Now()})
@@ -419,6 +422,16 @@ func (s *Service) startPrepared(ctx context.Context, r *restoreSession, c *Conta
 		err = s.undo(whole, c.ID, ctx.Err())
 	}
 	return err
+}
+
+// undo ends the processes of a container that was restored in vain.
+func (s *Service) undo(ctx context.Context, id string, cause error) error {
+	err := fmt.Errorf("the caller has gone, the container was stopped again: %w", cause)
+	c, gerr := s.c.Containers.Get(ctx, id)
+	if gerr != nil {
+		return errors.Join(err, gerr)
+	}
+	return errors.Join(err, s.c.Runtime.Kill(ctx, []runtime.Container{c.Container}))
 }
 
 // spent tells whether nothing of a prepared pod is left to be started.

@@ -17,7 +17,6 @@ import (
 	"google.golang.org/grpc/status"
 
 	"podmig.dev/podmig/containerd-cri/checkpoint"
-	"podmig.dev/podmig/containerd-cri/runtime"
 	"podmig.dev/podmig/containerd-cri/runtime/criu"
 	migration "podmig.dev/podmig/cri-api/migration/v1alpha1"
 )
@@ -55,9 +54,10 @@ type restoreSession struct {
 	err       error
 
 	mu       sync.Mutex
-	restored map[string]bool
-	calls    sync.WaitGroup
-	// barrier is nil until the first of several containers is restored.
+	attempts map[string]*attempt // by container ID
+	// calls are the attempts that have not ended.
+	calls sync.WaitGroup
+	// barrier is nil until the first container is restored.
 	barrier *barrier
 	// firstDone is closed when the first container is restored or its call has ended.
 	firstDone chan struct{}
@@ -65,6 +65,15 @@ type restoreSession struct {
 	firstOK   bool // Valid when firstDone is closed.
 	// started are the containers of a prepared pod for which StartContainer was called.
 	started map[string]bool
+}
+
+// attempt is the restore of one container; there is never a second one, because a
+// failed restore leaves an exited container behind.
+type attempt struct {
+	// done is closed when it has ended and the rest is valid.
+	done     chan struct{}
+	response *migration.RestoreContainerResponse
+	err      error
 }
 
 func (r *restoreSession) containerIDs() []string {
@@ -132,7 +141,7 @@ func (s *Service) PrepareRestore(ctx context.Context, r *migration.PrepareRestor
 		created:       time.Now(),
 		connected:     make(chan struct{}),
 		done:          make(chan struct{}),
-		restored:      map[string]bool{},
+		attempts:      map[string]*attempt{},
 		firstDone:     make(chan struct{}),
 	}
 	for _, c := range cs {
@@ -327,13 +336,11 @@ func (s *Service) confined(r *restoreSession) (first string, err error) {
 
 // awaitFirst waits until the container with the IPC objects is restored. After a
 // restart of this process only the CRI service knows whether it was.
-func (s *Service) awaitFirst(ctx context.Context, r *restoreSession) error {
-	c, err := s.c.Containers.Get(ctx, r.First)
+func (s *Service) awaitFirst(r *restoreSession) error {
+	c, err := s.c.Containers.Get(r.ctx, r.First)
 	if err == nil && c.State == StateCreated {
 		select {
 		case <-r.firstDone:
-		case <-ctx.Done():
-			return ctx.Err()
 		case <-r.ctx.Done():
 			return status.Errorf(codes.Aborted, "session %q was finished", r.ID)
 		}
@@ -407,36 +414,60 @@ func (s *Service) RestoreContainer(ctx context.Context, q *migration.RestoreCont
 		return nil, status.Errorf(codes.NotFound, "container %s is not part of session %q", q.ContainerId, q.SessionId)
 	}
 	r.mu.Lock()
-	if r.restored[c.ID] || r.ctx.Err() != nil {
+	if r.ctx.Err() != nil {
 		r.mu.Unlock()
-		return nil, precondition("container %s was restored by an earlier call", c.Name)
+		return nil, status.Errorf(codes.Aborted, "session %q was finished", q.SessionId)
 	}
-	// One attempt: a failed restore leaves an exited container behind.
-	r.restored[c.ID] = true
-	if r.barrier == nil && len(r.Containers) > 1 {
+	if r.barrier == nil {
 		r.barrier = newBarrier(r.Containers)
 	}
-	barrier := r.barrier
-	r.calls.Add(1)
+	a := r.attempts[c.ID]
+	if a == nil {
+		a = &attempt{done: make(chan struct{})}
+		r.attempts[c.ID] = a
+		r.calls.Add(1)
+		go func() {
+			defer r.calls.Done()
+			defer close(a.done)
+			a.response, a.err = s.attempt(r, c)
+		}()
+	}
 	r.mu.Unlock()
-	defer r.calls.Done()
+	r.barrier.join(c.ID)
+	defer r.barrier.leave(c.ID)
+	select {
+	case <-a.done:
+		return a.response, a.err
+	case <-ctx.Done():
+		return nil, toStatus(fmt.Errorf("restore of container %s: nobody waits for it any more: %w", c.Name, ctx.Err()))
+	}
+}
+
+// attempt restores one container. Cut off in the middle, a restore could still end
+// with running processes, so it is bound to the session and not to the call that began
+// it: it runs to its end, or is held at the barrier before anything runs.
+func (s *Service) attempt(r *restoreSession, c *Container) (_ *migration.RestoreContainerResponse, err error) {
+	start := time.Now()
+	l := log.G(r.ctx).WithField("session", r.ID).WithField("container", c.ID)
+	defer func() {
+		if err != nil {
+			err = toStatus(fmt.Errorf("restore of container %s: %w", c.Name, err))
+			l.WithError(err).Error("restore failed")
+		}
+	}()
 	if r.First == c.ID {
 		defer r.endFirst(false)
 	} else if r.First != "" {
-		if err := s.awaitFirst(ctx, r); err != nil {
-			barrier.abort(err)
-			return nil, toStatus(err)
+		if err := s.awaitFirst(r); err != nil {
+			r.barrier.abort(err)
+			return nil, err
 		}
 	}
-
-	work := filepath.Join(r.scratch(), "work-"+c.Name)
-	start := time.Now()
-	err = s.resume(ctx, r, c, barrier, work)
-	l := log.G(ctx).WithField("session", q.SessionId).WithField("container", c.ID)
-	if err != nil {
-		err = toStatus(fmt.Errorf("restore of container %s: %w", c.Name, err))
-		l.WithError(err).Error("restore failed")
+	if err := s.resume(r, c); err != nil {
 		return nil, err
+	}
+	if r.First == c.ID {
+		r.endFirst(true)
 	}
 	now := time.Now()
 	l.WithField("duration", now.Sub(start)).Info("container restored")
@@ -444,25 +475,30 @@ func (s *Service) RestoreContainer(ctx context.Context, q *migration.RestoreCont
 }
 
 // resume restores one container and returns when its processes run.
-func (s *Service) resume(ctx context.Context, r *restoreSession, c *Container, b *barrier, work string) (err error) {
-	options := s.c.CRIUOptions
-	if b != nil {
-		// The end of the session is one of the barrier only: a restore that has passed it is left to end.
-		waits, stop := context.WithCancel(ctx)
-		defer stop()
-		defer context.AfterFunc(r.ctx, stop)()
-		g, gerr := b.gate(waits, c.ID, func() {
-			if r.First == c.ID {
-				r.endFirst(true)
-			}
-		})
-		if gerr != nil {
-			b.abort(gerr)
-			return gerr
-		}
-		options += g.options()
-		defer func() { err = g.finish(c, err) }()
+func (s *Service) resume(r *restoreSession, c *Container) error {
+	// One that was restored by an earlier process of this service is left alone.
+	now, err := s.c.Containers.Get(r.ctx, c.ID)
+	if err == nil && now.State != StateCreated {
+		err = precondition("container %s is %s already", c.Name, now.State)
 	}
+	if err != nil {
+		r.barrier.abort(err)
+		return err
+	}
+	g, err := r.barrier.gate(c.ID, func() {
+		if r.First == c.ID {
+			r.endFirst(true)
+		}
+	})
+	if err != nil {
+		r.barrier.abort(err)
+		return err
+	}
+	return g.finish(c, s.start(r, c, s.c.CRIUOptions+g.options()))
+}
+
+func (s *Service) start(r *restoreSession, c *Container, options string) error {
+	work := filepath.Join(r.scratch(), "work-"+c.Name)
 	if err := os.MkdirAll(work, 0o700); err != nil {
 		return err
 	}
@@ -470,32 +506,12 @@ func (s *Service) resume(ctx context.Context, r *restoreSession, c *Container, b
 	if err := os.WriteFile(conf, []byte(options), 0o600); err != nil {
 		return err
 	}
-	// Cut off in the middle, a restore could still end with running processes after
-	// the caller was told that it failed. So it always runs to its end, and is undone
-	// when the caller did not wait for it.
-	whole, cancel := context.WithTimeout(context.WithoutCancel(ctx), restoreTimeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), restoreTimeout)
 	defer cancel()
-	err = s.c.Containers.Start(whole, c.ID, Restore{
+	return s.c.Containers.Start(ctx, c.ID, Restore{
 		Images: r.images(c.Name), Work: work, Config: conf,
 		StartedAt: time.Unix(0, r.Manifest.Container(c.Name).StartedAt),
 	})
-	if err == nil && ctx.Err() != nil {
-		err = s.undo(whole, c.ID, ctx.Err())
-	}
-	if err == nil && r.First == c.ID {
-		r.endFirst(true)
-	}
-	return err
-}
-
-// undo ends the processes of a container that was restored in vain.
-func (s *Service) undo(ctx context.Context, id string, cause error) error {
-	err := fmt.Errorf("the caller has gone, the container was stopped again: %w", cause)
-	c, gerr := s.c.Containers.Get(ctx, id)
-	if gerr != nil {
-		return errors.Join(err, gerr)
-	}
-	return errors.Join(err, s.c.Runtime.Kill(ctx, []runtime.Container{c.Container}))
 }
 
 // FinishRestore implements migration.MigrationServiceServer.
@@ -515,10 +531,18 @@ func (s *Service) FinishRestore(ctx context.Context, q *migration.FinishRestoreR
 	return &migration.FinishRestoreResponse{}, nil
 }
 
-func (s *Service) endRestore(r *restoreSession) error {
+// end lets nothing resume any more and no attempt begin.
+func (r *restoreSession) end() {
 	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.cancel()
-	r.mu.Unlock()
+	if r.barrier != nil {
+		r.barrier.abort(status.Errorf(codes.Aborted, "session %q was finished", r.ID))
+	}
+}
+
+func (s *Service) endRestore(r *restoreSession) error {
+	r.end()
 	if r.listener != nil {
 		_ = r.listener.Close()
 	}
@@ -539,7 +563,7 @@ func (s *Service) endRestore(r *restoreSession) error {
 
 func (s *Service) recoverRestores(ctx context.Context) error {
 	return s.load(ctx, sideRestore, func(dir string, b []byte) error {
-		r := &restoreSession{dir: dir, created: time.Now(), connected: make(chan struct{}), done: make(chan struct{}), restored: map[string]bool{}, firstDone: make(chan struct{})}
+		r := &restoreSession{dir: dir, created: time.Now(), connected: make(chan struct{}), done: make(chan struct{}), attempts: map[string]*attempt{}, firstDone: make(chan struct{})}
 		if err := json.Unmarshal(b, &r.restoreRecord); err != nil {
 			return err
 		}

@@ -117,7 +117,7 @@ func (s *Service) Close() error {
 		cs.cancel()
 	}
 	for _, rs := range s.restores {
-		rs.cancel()
+		rs.end()
 	}
 	s.mu.Unlock()
 	s.background.Wait()

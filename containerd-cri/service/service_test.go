@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -80,11 +81,35 @@ func (w *world) Start(ctx context.Context, id string, r Restore) error {
 	if w.starting != nil {
 		w.starting(ctx)
 	}
-	if err := w.rt.Restore(id, r.Images); err != nil {
+	err := passGate(r)
+	if err == nil {
+		err = w.rt.Restore(id, r.Images)
+	}
+	if err != nil {
 		w.set(id, StateExited)
 		return err
 	}
 	w.set(id, StateRunning)
+	return nil
+}
+
+// passGate does what CRIU does when everything is restored and nothing runs yet.
+func passGate(r Restore) error {
+	b, err := os.ReadFile(r.Config)
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(b)) {
+		script, ok := strings.CutPrefix(strings.TrimSpace(line), "action-script ")
+		if !ok {
+			continue
+		}
+		cmd := exec.Command(script)
+		cmd.Env = append(os.Environ(), "CRTOOLS_SCRIPT_ACTION=post-restore")
+		if err := cmd.Run(); err != nil {
+			return fmt.Errorf("aborted by the script: %w", err)
+		}
+	}
 	return nil
 }
 
@@ -194,11 +219,15 @@ func TestRestart(t *testing.T) {
 	if _, err := w.rt.Count(p.Containers[0].ContainerId); err == nil {
 		t.Error("the restart has thawed a container")
 	}
+	var g sync.WaitGroup
 	for _, c := range q.Containers {
-		if _, err := c2.RestoreContainer(ctx, &migration.RestoreContainerRequest{SessionId: "s", ContainerId: c.ContainerId}); err != nil {
-			t.Error(err)
-		}
+		g.Go(func() {
+			if _, err := c2.RestoreContainer(ctx, &migration.RestoreContainerRequest{SessionId: "s", ContainerId: c.ContainerId}); err != nil {
+				t.Error(err)
+			}
+		})
 	}
+	g.Wait()
 	if _, err := c2.FinishCheckpoint(ctx, &migration.FinishCheckpointRequest{SessionId: "s", Outcome: migration.Outcome_OUTCOME_RESUME}); err != nil {
 		t.Error(err)
 	}
@@ -292,36 +321,80 @@ func (w *world) failAt(method string, err error) {
 	}
 }
 
-// TestCallerGone: a restore whose caller does not wait is not cut off, leaves no
-// process behind, and the end of the session waits for that.
+// TestCallerGone: a restore whose caller does not wait is not cut off, and none of its
+// processes runs until somebody wants it.
 func TestCallerGone(t *testing.T) {
-	w := newWorld(t)
-	svc, client := w.serve(t)
-	p, q := w.pod(t, 1, StateRunning), w.pod(t, 1, StateCreated)
-	if freeze, verify := w.transfer(t, client, "s", p, q); freeze != nil || verify != nil {
-		t.Fatal(freeze, verify)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	w.starting = func(work context.Context) {
-		cancel()
-		if work.Err() != nil {
-			t.Error("the restore was cut off")
-		}
-	}
-	id := q.Containers[0].ContainerId
-	// Called directly: over a connection the news of the caller's end takes its time.
-	_, err := svc.RestoreContainer(ctx, &migration.RestoreContainerRequest{SessionId: "s", ContainerId: id})
-	if status.Code(err) != codes.Canceled {
-		t.Errorf("restore: %v", err)
-	}
-	if c, _ := w.Get(t.Context(), id); c.State != StateExited {
-		t.Errorf("container is %s", c.State)
-	}
-	if _, err := client.FinishRestore(t.Context(), &migration.FinishRestoreRequest{SessionId: "s"}); err != nil {
-		t.Error(err)
-	}
-	if _, err := client.FinishCheckpoint(t.Context(), &migration.FinishCheckpointRequest{SessionId: "s", Outcome: migration.Outcome_OUTCOME_RESUME}); err != nil {
-		t.Error(err)
+	for _, tc := range []struct {
+		name string
+		// after is what somebody does when the caller has gone.
+		after  func(t *testing.T, client migration.MigrationServiceClient, ids []string)
+		want   State
+		finish migration.Outcome
+	}{
+		{"nobody comes", func(*testing.T, migration.MigrationServiceClient, []string) {}, StateExited, migration.Outcome_OUTCOME_RESUME},
+		{"another takes it up", func(t *testing.T, client migration.MigrationServiceClient, ids []string) {
+			var g sync.WaitGroup
+			for _, id := range ids {
+				g.Go(func() {
+					if _, err := client.RestoreContainer(t.Context(), &migration.RestoreContainerRequest{SessionId: "s", ContainerId: id}); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			g.Wait()
+		}, StateRunning, migration.Outcome_OUTCOME_STOP},
+		{"another wants only one", func(t *testing.T, client migration.MigrationServiceClient, ids []string) {
+			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+			defer cancel()
+			_, err := client.RestoreContainer(ctx, &migration.RestoreContainerRequest{SessionId: "s", ContainerId: ids[0]})
+			if status.Code(err) != codes.DeadlineExceeded {
+				t.Error(err)
+			}
+		}, StateExited, migration.Outcome_OUTCOME_RESUME},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := newWorld(t)
+			svc, client := w.serve(t)
+			p, q := w.pod(t, 2, StateRunning), w.pod(t, 2, StateCreated)
+			if freeze, verify := w.transfer(t, client, "s", p, q); freeze != nil || verify != nil {
+				t.Fatal(freeze, verify)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			gone := make(chan struct{})
+			w.starting = func(work context.Context) {
+				cancel()
+				<-gone
+				if work.Err() != nil {
+					t.Error("the restore was cut off")
+				}
+			}
+			var g sync.WaitGroup
+			var ids []string
+			for _, c := range q.Containers {
+				ids = append(ids, c.ContainerId)
+				g.Go(func() {
+					// Called directly: over a connection the news of the caller's end takes its time.
+					_, err := svc.RestoreContainer(ctx, &migration.RestoreContainerRequest{SessionId: "s", ContainerId: c.ContainerId})
+					if status.Code(err) != codes.Canceled {
+						t.Errorf("restore: %v", err)
+					}
+				})
+			}
+			g.Wait()
+			close(gone)
+			tc.after(t, client, ids)
+			if _, err := client.FinishRestore(t.Context(), &migration.FinishRestoreRequest{SessionId: "s"}); err != nil {
+				t.Error(err)
+			}
+			for _, id := range ids {
+				if c, _ := w.Get(t.Context(), id); c.State != tc.want {
+					t.Errorf("container is %s in the end", c.State)
+				}
+			}
+			if _, err := client.FinishCheckpoint(t.Context(), &migration.FinishCheckpointRequest{SessionId: "s", Outcome: tc.finish}); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 

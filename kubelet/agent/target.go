@@ -177,7 +177,7 @@ func (t *target) perform(effect migration.Effect) {
 	case migration.VerifyRestore:
 		t.d.callRuntime(true, t.verify)
 	case migration.RestoreContainers:
-		t.d.callRuntime(false, t.restore)
+		t.d.callRuntime(true, t.restore)
 	case migration.InspectContainers:
 		t.d.callRuntime(false, t.inspect)
 	case migration.StopRestored:
@@ -346,9 +346,9 @@ func (t *target) inspect(ctx context.Context) {
 func (t *target) stop(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, runtimeTimeout)
 	defer cancel()
-	// A restore that an earlier kubelet began may still be under way and would bring
-	// processes up after everything was found stopped. The end of the session waits for
-	// it and lets no other begin.
+	// A restore that this or an earlier kubelet began may still be under way and would
+	// bring processes up after everything was found stopped. The end of the session lets
+	// nothing resume any more, waits for what is under way and lets no other begin.
 	if _, err := t.a.cfg.Runtime.FinishRestore(ctx, &cri.FinishRestoreRequest{SessionId: t.d.identity().Session}); err != nil {
 		t.fail(migration.OpStopRestored, fmt.Errorf("end the restore: %w", err))
 		return

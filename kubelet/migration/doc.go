@@ -35,7 +35,8 @@
 //     Durable means what it says: JournalWritten may follow only when a crash or a
 //     power loss can no longer bring the older record back.
 //  3. Calls to the runtime for one machine are ordered: before FinishCheckpoint or
-//     StopRestored is sent, calls still running are cancelled and have returned.
+//     StopRestored is sent, calls still running have returned, except those that it
+//     ends itself: the freeze, the verification, the restore.
 //     StopRestored is answered with RestoredStopped only when the runtime has
 //     confirmed that no process of the pod exists in any of its containers.
 //  4. Containers of the clone are never started by anything but RestoreContainers.

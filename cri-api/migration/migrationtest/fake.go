@@ -522,7 +522,10 @@ func (r *Runtime) RestoreContainer(ctx context.Context, q *migration.RestoreCont
 			continue
 		}
 		c := r.containers[target.ContainerId]
-		if c == nil || c.state != Created || x.restored[c.id] {
+		if c != nil && x.restored[c.id] {
+			return &migration.RestoreContainerResponse{ResumedAt: c.since.UnixNano(), RestoreDuration: 1}, nil
+		}
+		if c == nil || c.state != Created {
 			return nil, status.Error(codes.FailedPrecondition, "the container is not created any more")
 		}
 		x.restored[c.id] = true

@@ -89,15 +89,17 @@ type MigrationServiceClient interface {
 	VerifyRestore(ctx context.Context, in *VerifyRestoreRequest, opts ...grpc.CallOption) (*VerifyRestoreResponse, error)
 	// RestoreContainer resumes the processes of the checkpoint in one container of
 	// the session, which is RUNNING when the call returns OK. After an error no
-	// process of the checkpoint exists in the container. The calls for the containers
-	// of one session may run in parallel. A restore is never cut off: when the caller
-	// cancels the call or its deadline passes, it runs to its end and is undone, unless
-	// the runtime hears of it too late. FinishRestore waits for that; only then does
-	// the state of the container tell such a caller what became of it.
+	// process of the checkpoint exists in the container, unless the caller gave up or
+	// lost the connection. The processes of all containers of a session resume
+	// together, so the calls for them have to run in parallel, and only while for each
+	// of them a caller waits: what was restored for nobody is held before it runs, until
+	// somebody repeats the call or the session is finished. Repeating the call joins
+	// the restore that is under way or gets the result that it had.
 	RestoreContainer(ctx context.Context, in *RestoreContainerRequest, opts ...grpc.CallOption) (*RestoreContainerResponse, error)
-	// FinishRestore releases everything that the session holds on the target. It
-	// neither stops nor removes containers. It is idempotent, also for a session the
-	// runtime does not know.
+	// FinishRestore releases everything that the session holds on the target. What has
+	// not resumed by then never will: it waits for the end of restores under way. It
+	// neither stops containers that have resumed nor removes any. It is idempotent,
+	// also for a session the runtime does not know.
 	FinishRestore(ctx context.Context, in *FinishRestoreRequest, opts ...grpc.CallOption) (*FinishRestoreResponse, error)
 }
 
@@ -237,15 +239,17 @@ type MigrationServiceServer interface {
 	VerifyRestore(context.Context, *VerifyRestoreRequest) (*VerifyRestoreResponse, error)
 	// RestoreContainer resumes the processes of the checkpoint in one container of
 	// the session, which is RUNNING when the call returns OK. After an error no
-	// process of the checkpoint exists in the container. The calls for the containers
-	// of one session may run in parallel. A restore is never cut off: when the caller
-	// cancels the call or its deadline passes, it runs to its end and is undone, unless
-	// the runtime hears of it too late. FinishRestore waits for that; only then does
-	// the state of the container tell such a caller what became of it.
+	// process of the checkpoint exists in the container, unless the caller gave up or
+	// lost the connection. The processes of all containers of a session resume
+	// together, so the calls for them have to run in parallel, and only while for each
+	// of them a caller waits: what was restored for nobody is held before it runs, until
+	// somebody repeats the call or the session is finished. Repeating the call joins
+	// the restore that is under way or gets the result that it had.
 	RestoreContainer(context.Context, *RestoreContainerRequest) (*RestoreContainerResponse, error)
-	// FinishRestore releases everything that the session holds on the target. It
-	// neither stops nor removes containers. It is idempotent, also for a session the
-	// runtime does not know.
+	// FinishRestore releases everything that the session holds on the target. What has
+	// not resumed by then never will: it waits for the end of restores under way. It
+	// neither stops containers that have resumed nor removes any. It is idempotent,
+	// also for a session the runtime does not know.
 	FinishRestore(context.Context, *FinishRestoreRequest) (*FinishRestoreResponse, error)
 	mustEmbedUnimplementedMigrationServiceServer()
 }
