@@ -14,6 +14,7 @@ import (
 
 	cri "podmig.dev/podmig/cri-api/migration/v1alpha1"
 	"podmig.dev/podmig/kubelet/apis/migration/v1alpha1"
+	"podmig.dev/podmig/kubelet/compare"
 	"podmig.dev/podmig/kubelet/guard"
 	"podmig.dev/podmig/kubelet/migration"
 	"podmig.dev/podmig/kubelet/peer"
@@ -82,7 +83,9 @@ type Agent struct {
 	cloned map[string]bool
 	// suspended has the pods whose probes are suspended.
 	suspended map[string]bool
-	wg        sync.WaitGroup
+	// resumed has the clones whose migration a restarted kubelet took up.
+	resumed map[string]bool
+	wg      sync.WaitGroup
 }
 
 // New returns an agent. Recover has to be called before anything else.
@@ -95,6 +98,7 @@ func New(ctx context.Context, cfg Config) *Agent {
 		targets:   make(map[string]*target),
 		cloned:    make(map[string]bool),
 		suspended: make(map[string]bool),
+		resumed:   make(map[string]bool),
 	}
 }
 
@@ -124,6 +128,9 @@ func (a *Agent) Recover() error {
 			if err != nil {
 				return fmt.Errorf("session %s: %w", r.Identity.Session, err)
 			}
+			a.mu.Lock()
+			a.resumed[r.Identity.Session] = true
+			a.mu.Unlock()
 			a.addTarget(m).d.post(migration.Restarted{})
 		}
 	}
@@ -148,8 +155,33 @@ func (a *Agent) Close() {
 // ProbesSuspended tells whether the probes of a pod are to be left out.
 func (a *Agent) ProbesSuspended(podUID string) bool {
 	a.mu.Lock()
+	suspended, resumed := a.suspended[podUID], a.resumed[podUID]
+	a.mu.Unlock()
+	if suspended || !resumed {
+		return suspended
+	}
+	// A restarted kubelet knows containers of the clone from before their restore. Its
+	// probes take a container that does not run for one that has failed, so they wait
+	// until the restored ones are seen.
+	if pod, ok := a.cfg.Node.Pod(podUID); ok && waiting(pod) {
+		return true
+	}
+	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.suspended[podUID]
+	delete(a.resumed, podUID)
+	return false
+}
+
+// waiting tells whether a moving container of a pod has not been seen running.
+func waiting(pod *v1.Pod) bool {
+	statuses := slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses)
+	for _, c := range compare.Moving(&pod.Spec) {
+		i := slices.IndexFunc(statuses, func(s v1.ContainerStatus) bool { return s.Name == c.Name })
+		if i >= 0 && statuses[i].State.Running == nil && statuses[i].State.Terminated == nil {
+			return true
+		}
+	}
+	return false
 }
 
 func (a *Agent) suspendProbes(podUID string, suspend bool) {
