@@ -23,7 +23,7 @@ cut -d' ' -f2 /proc/mounts | list mount
 find /sys/fs/cgroup -type d | grep -vE "/kubepods(/besteffort|/burstable)?$" | list cgroup
 find /sys/fs/cgroup -name freezer.state 2>/dev/null | while read -r f; do s=$(cat $f 2>/dev/null); [ "$s" = THAWED ] || [ -z "$s" ] || echo frozen $f; done
 find /sys/fs/cgroup -name cgroup.freeze 2>/dev/null | while read -r f; do s=$(cat $f 2>/dev/null); [ "$s" != 1 ] || echo frozen $f; done
-for p in /proc/[0-9]*; do c=$(cat $p/comm 2>/dev/null); case "$c" in ''|sh|cat|find|cut|ctr|ip|nft|runc|iptables*|xtables*|loopback|bridge|host-local|portmap|ptp) ;; *) echo process $c;; esac; done
+for p in /proc/[0-9]*; do c=$(cat $p/comm 2>/dev/null); case "$c" in ''|sh|cat|find|cut|ctr|ip|nft|runc|iptables*|ip6tables*|xtables*|loopback|bridge|host-local|portmap|ptp) ;; *) echo process $c;; esac; done
 ls /run/netns | list netns
 ls /sys/class/net | list interface
 nft list tables | list rules

@@ -27,9 +27,6 @@ import (
 	"podmig.dev/podmig/tools/clone"
 )
 
-// either is the end of a scenario in which the moment decides.
-const either = "either"
-
 // Names of the two pods of every test.
 const (
 	sourcePod = "source"
@@ -43,18 +40,43 @@ metadata: {name: source}
 spec:
   nodeName: %s
   terminationGracePeriodSeconds: 1
-  containers:
-  - name: counter
+  volumes:
+  - {name: data, emptyDir: {}}
+`
+
+const containerYAML = `
+  - name: %s
     image: podmig.dev/counter:v1
-    imagePullPolicy: Never
+    imagePullPolicy: Never%s
     env:
     - {name: COUNTER_NAME, value: %s}
     - {name: COUNTER_OBSERVER, value: "%s:%s"}
     - {name: COUNTER_TICK, value: %s}
     - {name: COUNTER_FILE, value: /numbers}
-    readinessProbe: {httpGet: {path: /status, port: 8080}, periodSeconds: 1}
-    livenessProbe: {httpGet: {path: /status, port: 8080}, periodSeconds: 1, failureThreshold: 1, timeoutSeconds: 5}
+    - {name: COUNTER_DIR, value: /data}
+    - {name: COUNTER_LISTEN, value: ":%[7]d"}
+    volumeMounts:
+    - {name: data, mountPath: /data}
+    readinessProbe: {httpGet: {path: /status, port: %[7]d}, periodSeconds: 1}
+    livenessProbe: {httpGet: {path: /status, port: %[7]d}, periodSeconds: 1, failureThreshold: 1, timeoutSeconds: 5}
 `
+
+// pod is one of counters that share a folder; the first of several is a sidecar.
+func (f *fault) pod() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, podYAML, f.lane[source])
+	for i, name := range f.counters {
+		list, sidecar := "  containers:", ""
+		if i == 0 && len(f.counters) > 1 {
+			list, sidecar = "  initContainers:", "\n    restartPolicy: Always"
+		}
+		if i < 2 {
+			b.WriteString(list)
+		}
+		fmt.Fprintf(&b, containerYAML, fmt.Sprintf("counter%d", i), sidecar, name, witnessAddress, witnessPort, pace, 8080+i)
+	}
+	return b.String()
+}
 
 // scenario is one thing that goes wrong at one point of a migration.
 type scenario struct {
@@ -67,17 +89,17 @@ type scenario struct {
 	breaks func(*fault) error
 	// after is called when it has been let go.
 	after func(*fault) error
-	// ends tells where the pod runs in the end: source, target, either, or nowhere.
+	// ends tells where the pod runs in the end: source, target, or nowhere.
 	ends string
 	// reasons are those of the clone's condition that are possible when it did not take
 	// over; nil if the clone is gone.
 	reasons []string
-	// undone: the clone may have run for a moment before it was undone.
-	undone bool
 	// sourceGone, cloneGone: the scenario deletes the pod.
 	sourceGone, cloneGone bool
 	// alone: it breaks what others use.
 	alone bool
+	// three: the pod has three containers, one of them a sidecar.
+	three bool
 }
 
 // runAll runs scenarios, as many at a time as there are lanes.
@@ -104,21 +126,47 @@ func runAll(t *testing.T, all []scenario) {
 type fault struct {
 	*testing.T
 	scenario
-	ctx     context.Context
-	k       *kit.Kit
-	lane    lane
-	counter string
-	undo    []func()
+	ctx  context.Context
+	k    *kit.Kit
+	lane lane
+	// counters are the names by which the witness knows the containers.
+	counters []string
+	undo     []func()
 }
 
 // machine is the one that has a part in the scenario.
 func (f *fault) machine(part string) (netns.Machine, error) { return f.k.Cluster.Machine(f.lane[part]) }
 
+// runs waits until every container has sent some numbers from now on.
+func (f *fault) runs(part string, count int) error {
+	for _, name := range f.counters {
+		if err := watch.runs(f.ctx, name, part, count); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// still makes sure that no container counts for a while.
+func (f *fault) still(how time.Duration) error {
+	return watch.still(f.ctx, f.counters, how)
+}
+
+// neverRestarted looks at all containers of a pod.
+func neverRestarted(p *v1.Pod) error {
+	for _, c := range slices.Concat(p.Status.InitContainerStatuses, p.Status.ContainerStatuses) {
+		if c.RestartCount != 0 {
+			return fmt.Errorf("container %s of pod %s has restarted %d times", c.Name, p.Name, c.RestartCount)
+		}
+	}
+	return nil
+}
+
 // later is done when the scenario is over, however it ends.
 func (f *fault) later(undo func()) { f.undo = append(f.undo, undo) }
 
 // limit bounds one scenario.
-const limit = 3 * time.Minute
+const limit = 40 * time.Second
 
 func (s scenario) run(t *testing.T, l lane) {
 	began := time.Now()
@@ -132,7 +180,10 @@ func (s scenario) run(t *testing.T, l lane) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &fault{T: t, scenario: s, ctx: ctx, k: k, lane: l, counter: id}
+	f := &fault{T: t, scenario: s, ctx: ctx, k: k, lane: l, counters: []string{id}}
+	if s.three {
+		f.counters = []string{id + "-a", id + "-b", id + "-c"}
+	}
 	defer f.end()
 	if err := f.move(); err != nil {
 		t.Fatal(err)
@@ -140,19 +191,26 @@ func (s scenario) run(t *testing.T, l lane) {
 	if err := f.settled(); err != nil {
 		t.Fatal(err)
 	}
-	h, err := watch.check(f.counter)
-	if err != nil {
-		t.Fatal(err)
+	var h history
+	for _, name := range f.counters {
+		one, err := watch.check(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.nodes != nil && !slices.Equal(h.nodes, one.nodes) {
+			t.Fatalf("%s ran on %v, another container on %v", name, one.nodes, h.nodes)
+		}
+		h = one
 	}
 	want := []string{source}
 	if f.ends == target {
 		want = []string{source, target}
 	}
 	if f.ends == "" {
-		if err := watch.still(ctx, f.counter, outage); err != nil {
+		if err := f.still(outage); err != nil {
 			t.Fatal(err)
 		}
-	} else if !slices.Equal(h.nodes, want) && !(s.undone && slices.Equal(h.nodes, []string{source, target, source})) {
+	} else if !slices.Equal(h.nodes, want) {
 		t.Fatalf("the pod ran on %v, want %v", h.nodes, want)
 	}
 	t.Logf("%s; %s and %s, %s", h, l[source], l[target], time.Since(began).Round(10*time.Millisecond))
@@ -160,13 +218,13 @@ func (s scenario) run(t *testing.T, l lane) {
 
 // move starts a migration and breaks it.
 func (f *fault) move() error {
-	if err := f.k.Create(f.ctx, fmt.Sprintf(podYAML, f.lane[source], f.counter, witnessAddress, witnessPort, pace)); err != nil {
+	if err := f.k.Create(f.ctx, f.pod()); err != nil {
 		return err
 	}
 	if _, err := f.k.WaitRunning(f.ctx, sourcePod); err != nil {
 		return err
 	}
-	if err := watch.runs(f.ctx, f.counter, source, 5); err != nil {
+	if err := f.runs(source, 5); err != nil {
 		return err
 	}
 	if f.before != nil {
@@ -201,12 +259,6 @@ func (f *fault) move() error {
 // settled waits for the end of the migration and looks at both pods.
 func (f *fault) settled() error {
 	_, err := f.k.WaitCloned(f.ctx, clonePod)
-	if f.ends == either {
-		f.ends = target
-		if errors.Is(err, kit.ErrNotCloned) {
-			f.ends = source
-		}
-	}
 	switch {
 	case f.cloneGone:
 		// Its deletion is over when the node has let go of it.
@@ -221,7 +273,7 @@ func (f *fault) settled() error {
 		return err
 	}
 	if f.ends != "" {
-		if err := watch.runs(f.ctx, f.counter, f.ends, 25); err != nil {
+		if err := f.runs(f.ends, 25); err != nil {
 			return err
 		}
 	}
@@ -245,10 +297,7 @@ func (f *fault) cloneTold() error {
 		if p, err = f.k.WaitRunning(f.ctx, clonePod); err != nil {
 			return err
 		}
-		if n := p.Status.ContainerStatuses[0].RestartCount; n != 0 {
-			return fmt.Errorf("the clone has restarted %d times", n)
-		}
-		return nil
+		return neverRestarted(p)
 	}
 	f.Logf("%s: %s", c.Reason, c.Message)
 	if !slices.Contains(f.reasons, c.Reason) || c.Message == "" {
@@ -285,8 +334,8 @@ func (f *fault) sourceTold() error {
 	if err != nil {
 		return err
 	}
-	if n := p.Status.ContainerStatuses[0].RestartCount; n != 0 {
-		return fmt.Errorf("the source has restarted %d times", n)
+	if err := neverRestarted(p); err != nil {
+		return err
 	}
 	// It can be entered again.
 	_, err = f.k.Kubectl(f.ctx, "exec", sourcePod, "--", "/nothing")
@@ -346,9 +395,14 @@ func (f *fault) end() {
 
 // tell shows what there is to know about a scenario that failed.
 func (f *fault) tell(ctx context.Context) {
-	f.Logf("last numbers: %v", tail(watch.of(f.counter), 10))
+	for _, name := range f.counters {
+		f.Logf("last numbers of %s: %v", name, tail(watch.of(name), 10))
+	}
 	text, err := f.k.Kubectl(ctx, "get", "pods,events", "-o", "wide")
 	f.Logf("in the end: %v\n%s", err, text)
+	for _, node := range []string{source, target} { // DEBUG
+		command2(ctx, f, node, "sh", "-c", `exec >&2; for g in $(find /sys/fs/cgroup/freezer -name freezer.state); do echo $g $(cat $g); done; for p in /proc/[0-9]*; do [ "$(cat $p/comm)" = counter ] || continue; for t in $p/task/*; do echo $t $(grep -E "State|TracerPid|SigBlk|SigPnd" $t/status) $(cat $t/wchan) $(cat $t/syscall); done; done`)
+	}
 	for _, node := range []string{source, target} {
 		m, err := f.machine(node)
 		if err != nil {
@@ -474,12 +528,12 @@ func pause(d time.Duration) func(*fault) error {
 
 // frozen makes sure that nobody counts, for the time that a fault is to last.
 func frozen(d time.Duration) func(*fault) error {
-	return func(f *fault) error { return watch.still(f.ctx, f.counter, d) }
+	return func(f *fault) error { return f.still(d) }
 }
 
 // runsOn waits until the pod counts on a node.
 func runsOn(node string) func(*fault) error {
-	return func(f *fault) error { return watch.runs(f.ctx, f.counter, node, 5) }
+	return func(f *fault) error { return f.runs(node, 5) }
 }
 
 // remove deletes a pod without waiting for its end.

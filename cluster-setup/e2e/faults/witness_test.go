@@ -125,8 +125,8 @@ func (w *witness) runs(ctx context.Context, name, node string, count int) error 
 	}
 }
 
-// still makes sure that a counter that stands still goes on standing still.
-func (w *witness) still(ctx context.Context, name string, how time.Duration) error {
+// still makes sure that counters that stand still go on standing still.
+func (w *witness) still(ctx context.Context, names []string, how time.Duration) error {
 	began := time.Now()
 	select {
 	case <-ctx.Done():
@@ -134,9 +134,11 @@ func (w *witness) still(ctx context.Context, name string, how time.Duration) err
 	case <-time.After(how):
 	}
 	// A number that was under way at the beginning is none of now.
-	for _, t := range w.of(name) {
-		if t.at.After(began.Add(pace)) {
-			return fmt.Errorf("%s is to be frozen and counts: %s", name, t)
+	for _, name := range names {
+		for _, t := range w.of(name) {
+			if t.at.After(began.Add(pace)) {
+				return fmt.Errorf("%s is to be frozen and counts: %s", name, t)
+			}
 		}
 	}
 	return nil
@@ -153,41 +155,27 @@ type history struct {
 	last tick
 }
 
-// check reads the numbers of a counter in the order of time: none lost, none twice. A
-// clone that takes over goes on where the source stood, and so does a source that takes
-// back what the clone has lost. Two copies that run at the same time take turns, and
-// their numbers do not fit.
+// check reads the numbers of a counter in the order of time: none lost, none twice,
+// and they move from the source to the target once at most. Numbers of two copies that
+// run at the same time do not fit.
 func (w *witness) check(name string) (history, error) {
 	var h history
 	ticks := w.of(name)
 	slices.SortStableFunc(ticks, func(a, b tick) int { return a.at.Compare(b.at) })
-	// Where each copy stands; the clone begins where the source stood last.
-	stands := map[string]uint64{}
 	for i, t := range ticks {
-		before, ran := stands[t.node]
-		switched := i > 0 && t.node != h.last.node
 		switch {
 		case i == 0:
-		case switched && t.node == target && ran:
+		case t.number <= h.last.number, t.node == source && h.last.node == target:
 			return h, fmt.Errorf("%s runs twice: %s after %s", name, t, h.last)
-		case switched && t.node == target:
-			before = h.last.number
-			fallthrough
-		default:
-			if t.number <= before {
-				return h, fmt.Errorf("%s runs twice: %s after %s", name, t, h.last)
-			}
-			if t.number != before+1 {
-				return h, fmt.Errorf("%s has lost numbers: %s after %s", name, t, h.last)
-			}
+		case t.number != h.last.number+1:
+			return h, fmt.Errorf("%s has lost numbers: %s after %s", name, t, h.last)
 		}
 		if i > 0 {
 			h.away = max(h.away, t.at.Sub(h.last.at))
 		}
-		if i == 0 || switched {
+		if i == 0 || t.node != h.last.node {
 			h.nodes = append(h.nodes, t.node)
 		}
-		stands[t.node] = t.number
 		h.last = t
 	}
 	if len(h.nodes) == 0 {
