@@ -206,56 +206,6 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// A probe that runs a command in the container is over in a moment and keeps nobody
-// from moving the pod; a session of a user does.
-func TestExecSessions(t *testing.T) {
-	session := &cri.Finding{Severity: cri.Finding_SEVERITY_BLOCKING, Code: codeExec, Pid: 7, Fd: -1, Message: "started by exec", Cure: "end it"}
-	other := &cri.Finding{Severity: cri.Finding_SEVERITY_BLOCKING, Code: "IOUring", Pid: 7, Fd: 3, Message: "uses io_uring", Cure: "turn it off"}
-	tests := []struct {
-		name     string
-		findings []*cri.Finding
-		// looks is how often it is found; 0 is for ever.
-		looks int
-		moves bool
-		once  bool
-	}{
-		{name: "probe", findings: []*cri.Finding{session}, looks: 2, moves: true},
-		{name: "session", findings: []*cri.Finding{session}},
-		{name: "session and something else", findings: []*cri.Finding{session, other}, once: true},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			w := newWorld(t)
-			w.running("source")
-			clone := w.put("clone", "b", "source")
-			n := 0
-			rt := w.nodes["a"].runtime
-			rt.Findings = tt.findings
-			rt.Fail = func(_ context.Context, method, _ string) error {
-				if method == "PreflightPod" {
-					if n++; tt.looks > 0 && n > tt.looks {
-						rt.Findings = nil
-					}
-				}
-				return nil
-			}
-			err := w.sync(t.Context(), clone)
-			if tt.moves {
-				if err != nil {
-					t.Fatal(err)
-				}
-				w.moved(t)
-				return
-			}
-			w.stayed(t, "SourceRefused", "exec")
-			if tt.once != (n == 1) {
-				t.Errorf("looked %d times", n)
-			}
-		})
-	}
-}
-
 func TestOnlyTheNodeOfTheCloneMayAsk(t *testing.T) {
 	w := newWorld(t)
 	w.running("source")

@@ -291,35 +291,8 @@ func (a *Agent) moving(ctx context.Context, pod *v1.Pod) (string, []migration.Co
 	return sandbox, cs, nil
 }
 
-// preflight asks the runtime what would prevent a checkpoint. A process that was
-// started by exec may be a probe, which is over in a moment.
+// preflight asks the runtime what would prevent a checkpoint.
 func (a *Agent) preflight(ctx context.Context, sandbox string, containers []migration.Container, r *wire.OpenRequest, offer *wire.OpenResponse) error {
-	patience := time.Now().Add(execPatience)
-	for {
-		offer.Findings = nil
-		err := a.inspect(ctx, sandbox, containers, r, offer)
-		only := slices.ContainsFunc(offer.Findings, func(f wire.Finding) bool { return f.Code == codeExec }) &&
-			!slices.ContainsFunc(offer.Findings, func(f wire.Finding) bool { return f.Severity == wire.SeverityBlocking && f.Code != codeExec })
-		if wire.CodeOf(err) != wire.CodePreflight || !only || time.Now().After(patience) {
-			return err
-		}
-		// Nothing tells when it ends.
-		select {
-		case <-ctx.Done():
-			return err
-		case <-time.After(50 * time.Millisecond):
-		}
-	}
-}
-
-const (
-	// codeExec is the runtime's finding for a process that somebody has started by exec.
-	codeExec = "ExecSession"
-	// execPatience is how long such a process is waited for.
-	execPatience = 2 * time.Second
-)
-
-func (a *Agent) inspect(ctx context.Context, sandbox string, containers []migration.Container, r *wire.OpenRequest, offer *wire.OpenResponse) error {
 	req := &cri.PreflightPodRequest{PodSandboxId: sandbox}
 	names := make(map[string]string)
 	for _, c := range containers {
