@@ -254,9 +254,14 @@ func (c *containers) Start(ctx context.Context, id string, r service.Restore) er
 	}
 	// The CRI service deletes the task after a failed start, but gives up when its
 	// shim does not answer. What counts is that no process exists.
-	kctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+	return errors.Join(err, c.Abandon(context.WithoutCancel(ctx), id), runc.RemoveRoots(filepath.Join(r.Work, "restore.log")))
+}
+
+// Abandon implements service.Containers.
+func (c *containers) Abandon(ctx context.Context, id string) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	return errors.Join(err, runc.KillAll(kctx, id))
+	return runc.KillAll(ctx, id)
 }
 
 func annotate(key, value string) containerd.UpdateContainerOpts {

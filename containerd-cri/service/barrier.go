@@ -1,10 +1,14 @@
 package service
 
 import (
+	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -22,7 +26,8 @@ const barrierTimeout = 2 * time.Minute
 // knows. Such a restore waits here for the caller's successor.
 //
 // CRIU calls a script when everything is restored and nothing runs yet. The script
-// waits at a pipe of this process; if this process ends, so does the restore.
+// waits at a pipe of this process; if this process ends, so does the restore. A call of
+// the script before that tells which process CRIU is.
 type barrier struct {
 	mu      sync.Mutex
 	missing map[string]bool // by container ID
@@ -100,6 +105,14 @@ func (b *barrier) verdict() error {
 // gate is where one container waits.
 type gate struct {
 	b *barrier
+	// abandon is called when CRIU has ended before the container was let go, and what it
+	// has made holds up whoever waits for it.
+	abandon func()
+	// passed is set just before the container is let go.
+	passed atomic.Bool
+	// over ends with the restore.
+	over context.Context
+	end  context.CancelFunc
 	// script is what CRIU has to call.
 	script *os.File
 	// readyOut and goIn are opened by the script, by their names in /proc.
@@ -107,9 +120,13 @@ type gate struct {
 	watch                          sync.WaitGroup
 }
 
+// abandonAfter is how long a restore without CRIU may take to fail by itself.
+const abandonAfter = time.Second
+
 // gate returns the gate of one container. restored is called when it is restored.
-func (b *barrier) gate(id string, restored func()) (_ *gate, err error) {
-	g := &gate{b: b}
+func (b *barrier) gate(id string, restored, abandon func()) (_ *gate, err error) {
+	g := &gate{b: b, abandon: abandon}
+	g.over, g.end = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
 			g.close()
@@ -133,8 +150,7 @@ func (b *barrier) gate(id string, restored func()) (_ *gate, err error) {
 	// It must not be open for writing when it is called.
 	w := os.NewFile(uintptr(fd), "script")
 	defer w.Close()
-	text := fmt.Sprintf("#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = post-restore ] || exit 0\necho ready >%s && read -r answer <%s && [ \"$answer\" = go ]\n",
-		own(int(g.readyOut.Fd())), own(int(g.goIn.Fd())))
+	text := fmt.Sprintf(script, own(int(g.readyOut.Fd())), own(int(g.goIn.Fd())))
 	if _, err := w.WriteString(text); err != nil {
 		return nil, fmt.Errorf("script of the restore: %w", err)
 	}
@@ -143,7 +159,7 @@ func (b *barrier) gate(id string, restored func()) (_ *gate, err error) {
 	}
 	g.watch.Go(func() {
 		defer g.goOut.Close()
-		if _, err := g.readyIn.Read(make([]byte, 1)); err != nil {
+		if !g.ready() {
 			return // Closed: the restore has ended.
 		}
 		restored()
@@ -154,11 +170,69 @@ func (b *barrier) gate(id string, restored func()) (_ *gate, err error) {
 			b.abort(errors.New("not everything was restored and wanted within " + barrierTimeout.String()))
 		}
 		if b.verdict() == nil {
+			g.passed.Store(true)
 			// The script is gone if the container has failed meanwhile.
 			_, _ = g.goOut.WriteString("go\n")
 		}
 	})
 	return g, nil
+}
+
+// script is what CRIU calls, with the action in the environment.
+const script = `#!/bin/sh
+case $CRTOOLS_SCRIPT_ACTION in
+pre-restore) echo $PPID >%[1]s ;;
+post-restore) echo ready >%[1]s && read -r answer <%[2]s && [ "$answer" = go ] ;;
+esac
+`
+
+// ready waits until everything is restored.
+func (g *gate) ready() bool {
+	for lines := bufio.NewScanner(g.readyIn); lines.Scan(); {
+		pid, err := strconv.Atoi(lines.Text())
+		if err != nil {
+			return true
+		}
+		g.watch.Go(func() { g.guard(pid) })
+	}
+	return false
+}
+
+// guard waits for the end of CRIU. One that was killed leaves processes that wait for it
+// for ever, and hold the socket on which the OCI runtime listens for its answer.
+func (g *gate) guard(criu int) {
+	if !exited(g.over, criu) {
+		return
+	}
+	select {
+	case <-g.over.Done():
+		return
+	case <-time.After(abandonAfter):
+	}
+	if !g.passed.Load() {
+		g.abandon()
+	}
+}
+
+// exited waits for the end of a process and tells whether it came before ctx's.
+func exited(ctx context.Context, pid int) (gone bool) {
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return errors.Is(err, unix.ESRCH)
+	}
+	f := os.NewFile(uintptr(fd), "pidfd")
+	defer f.Close()
+	defer context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Now()) })()
+	c, err := f.SyscallConn()
+	if err != nil {
+		return false
+	}
+	_ = c.Read(func(fd uintptr) bool {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+		gone = n > 0 && err == nil
+		return gone
+	})
+	return gone
 }
 
 // own is the name under which others find a file that this process has open.
@@ -185,6 +259,7 @@ func (g *gate) finish(c *Container, err error) error {
 }
 
 func (g *gate) close() {
+	g.end()
 	for _, f := range []*os.File{g.readyIn, g.readyOut, g.goIn, g.script} {
 		if f != nil {
 			_ = f.Close()

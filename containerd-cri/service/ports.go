@@ -75,6 +75,9 @@ type Containers interface {
 	// Start starts a created container from a checkpoint. Afterwards it is running
 	// like any other, or the error tells why not and none of its processes exists.
 	Start(ctx context.Context, id string, r Restore) error
+	// Abandon ends every process of a restore that cannot come to its end by itself, so
+	// that Start returns.
+	Abandon(ctx context.Context, id string) error
 }
 
 // Pods is what RestorePod needs of the CRI service to make a pod and to remove it.

@@ -489,6 +489,11 @@ func (s *Service) resume(r *restoreSession, c *Container) error {
 		if r.First == c.ID {
 			r.endFirst(true)
 		}
+	}, func() {
+		log.G(r.ctx).WithField("session", r.ID).WithField("container", c.ID).Warn("CRIU has ended in the middle of a restore, ending what it has left")
+		if err := s.c.Containers.Abandon(context.WithoutCancel(r.ctx), c.ID); err != nil {
+			log.G(r.ctx).WithError(err).WithField("container", c.ID).Error("the end of a restore without CRIU failed")
+		}
 	})
 	if err != nil {
 		r.barrier.abort(err)

@@ -32,6 +32,8 @@ type world struct {
 	rt  fake.Runtime
 	// starting is called at the start of a restore.
 	starting func(context.Context)
+	// abandoned, if set, lets CRIU be killed in restores and hears of their end.
+	abandoned chan struct{}
 	// removing is called when a pod is removed.
 	removing func() error
 	// free is the memory of the node; 0 means enough.
@@ -81,6 +83,9 @@ func (w *world) Start(ctx context.Context, id string, r Restore) error {
 	if w.starting != nil {
 		w.starting(ctx)
 	}
+	if w.abandoned != nil {
+		return w.startKilled(id, r)
+	}
 	err := passGate(r)
 	if err == nil {
 		err = w.rt.Restore(id, r.Images)
@@ -95,21 +100,53 @@ func (w *world) Start(ctx context.Context, id string, r Restore) error {
 
 // passGate does what CRIU does when everything is restored and nothing runs yet.
 func passGate(r Restore) error {
-	b, err := os.ReadFile(r.Config)
-	if err != nil {
+	script, err := actionScript(r)
+	if script == "" || err != nil {
 		return err
 	}
-	for line := range strings.Lines(string(b)) {
-		script, ok := strings.CutPrefix(strings.TrimSpace(line), "action-script ")
-		if !ok {
-			continue
-		}
+	for _, action := range []string{"pre-restore", "post-restore"} {
 		cmd := exec.Command(script)
-		cmd.Env = append(os.Environ(), "CRTOOLS_SCRIPT_ACTION=post-restore")
+		cmd.Env = append(os.Environ(), "CRTOOLS_SCRIPT_ACTION="+action)
 		if err := cmd.Run(); err != nil {
 			return fmt.Errorf("aborted by the script: %w", err)
 		}
 	}
+	return nil
+}
+
+// actionScript is what CRIU is told to call, if anything.
+func actionScript(r Restore) (string, error) {
+	b, err := os.ReadFile(r.Config)
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(b)) {
+		if script, ok := strings.CutPrefix(strings.TrimSpace(line), "action-script "); ok {
+			return script, nil
+		}
+	}
+	return "", nil
+}
+
+// startKilled is a restore whose CRIU is killed: it returns when it is abandoned.
+func (w *world) startKilled(id string, r Restore) error {
+	script, err := actionScript(r)
+	if err != nil {
+		return err
+	}
+	// The shell is CRIU. It ends with the first call of the script.
+	cmd := exec.Command("sh", "-c", "CRTOOLS_SCRIPT_ACTION=pre-restore "+script+"; kill -9 $$")
+	if err := cmd.Run(); cmd.ProcessState == nil {
+		return err
+	}
+	<-w.abandoned
+	w.set(id, StateExited)
+	return errors.New("criu failed")
+}
+
+// Abandon implements Containers.
+func (w *world) Abandon(context.Context, string) error {
+	w.abandoned <- struct{}{}
 	return nil
 }
 
@@ -398,8 +435,30 @@ func TestCallerGone(t *testing.T) {
 	}
 }
 
+// TestKilledCRIU: what a killed CRIU leaves does not hold up a restore for ever.
+func TestKilledCRIU(t *testing.T) {
+	w := newWorld(t)
+	_, client := w.serve(t)
+	p, q := w.pod(t, 1, StateRunning), w.pod(t, 1, StateCreated)
+	if freeze, verify := w.transfer(t, client, "s", p, q); freeze != nil || verify != nil {
+		t.Fatal(freeze, verify)
+	}
+	w.abandoned = make(chan struct{})
+	_, err := client.RestoreContainer(t.Context(), &migration.RestoreContainerRequest{SessionId: "s", ContainerId: q.Containers[0].ContainerId})
+	if err == nil || !strings.Contains(err.Error(), "criu failed") {
+		t.Errorf("restore: %v", err)
+	}
+	if _, err := client.FinishRestore(t.Context(), &migration.FinishRestoreRequest{SessionId: "s"}); err != nil {
+		t.Error(err)
+	}
+	if _, err := client.FinishCheckpoint(t.Context(), &migration.FinishCheckpointRequest{SessionId: "s", Outcome: migration.Outcome_OUTCOME_RESUME}); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestCollect: sessions that nobody connected to, or whose containers are gone, end
 // by themselves.
+
 func TestCollect(t *testing.T) {
 	w := newWorld(t)
 	s, client := w.serve(t)

@@ -3,7 +3,6 @@
 package faults
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"testing"
@@ -63,9 +62,4 @@ func TestFaultFull(t *testing.T) {
 		{name: "disk of the target while frozen", before: small(target), at: frozenTarget, breaks: fill(target), ends: source, reasons: []string{"JournalFailed"}},
 		{name: "disk of the source at the commit", before: small(source), at: givesAway, breaks: fill(source), ends: source, reasons: []string{"SourceRefused"}},
 	})
-}
-
-// DEBUG
-func command2(ctx context.Context, f *fault, node string, args ...string) error {
-	return f.k.Cluster.Run(ctx, f.lane[node], supervisor.Command{Args: args, Stderr: f.Output()})
 }

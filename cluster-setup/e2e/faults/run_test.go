@@ -400,9 +400,6 @@ func (f *fault) tell(ctx context.Context) {
 	}
 	text, err := f.k.Kubectl(ctx, "get", "pods,events", "-o", "wide")
 	f.Logf("in the end: %v\n%s", err, text)
-	for _, node := range []string{source, target} { // DEBUG
-		command2(ctx, f, node, "sh", "-c", `exec >&2; for g in $(find /sys/fs/cgroup/freezer -name freezer.state); do echo $g $(cat $g); done; for p in /proc/[0-9]*; do [ "$(cat $p/comm)" = counter ] || continue; for t in $p/task/*; do echo $t $(grep -E "State|TracerPid|SigBlk|SigPnd" $t/status) $(cat $t/wchan) $(cat $t/syscall); done; done`)
-	}
 	for _, node := range []string{source, target} {
 		m, err := f.machine(node)
 		if err != nil {
