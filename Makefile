@@ -52,7 +52,7 @@ clean: ## Remove the local cluster and all build products
 RUN ?=
 
 .PHONY: test lint test-unit test-patched test-upstream test-root e2e e2e-faults
-test: lint test-unit generate-check patch-check build test-patched test-upstream test-root e2e ## Everything but e2e-faults; what .ci/run calls
+test: lint test-unit generate-check patch-check build test-patched test-upstream test-root e2e e2e-faults ## Everything; what .ci/run calls
 
 lint: ## gofmt and go vet, nothing patched
 	@files=$$(gofmt -l cri-api kubelet containerd-cri tools cluster-setup); \
@@ -78,7 +78,7 @@ e2e: image ## Move real pods between the nodes of a real cluster: [RUN=TestRedis
 	@go build -trimpath -o .build/bin/upstream/ github.com/containerd/containerd/v2/cmd/containerd
 	go test $(PATCHED),e2e -count=1 -p 1 -timeout 30m $(if $(RUN),-run '$(RUN)' -v) ./cluster-setup/e2e
 
-e2e-faults: image ## Break things while pods move, about nine minutes; not part of make test yet: [RUN=FaultCRIU]
+e2e-faults: image ## Break things while pods move, at each step of a migration: [RUN=FaultCRIU]
 	@go run ./tools/cmd/podmig-build --only faults
 	go test $(PATCHED),e2e -count=1 -p 1 -timeout 30m $(if $(RUN),-run '$(RUN)' -v) ./cluster-setup/e2e/faults
 
