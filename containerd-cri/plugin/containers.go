@@ -38,6 +38,9 @@ type containers struct {
 
 var _ service.Containers = (*containers)(nil)
 
+// ociRoot is where the shim lets runc keep its state unless it is configured.
+const ociRoot = "/run/containerd/runc/" + namespace
+
 // criInfo is the part of the CRI's verbose container information that is needed.
 type criInfo struct {
 	SandboxID   string `json:"sandboxID"`
@@ -84,7 +87,7 @@ func (c *containers) Get(ctx context.Context, id string) (service.Container, err
 	}
 	out = service.Container{
 		Container: runtime.Container{
-			ID: id, Name: st.GetMetadata().GetName(), Pid: info.Pid, OCIRoot: filepath.Join("/run/containerd/runc", namespace), OCIBinary: "runc",
+			ID: id, Name: st.GetMetadata().GetName(), Pid: info.Pid, OCIRoot: ociRoot, OCIBinary: "runc",
 		},
 		SandboxID: info.SandboxID,
 		ImageID:   st.GetImageId(),
@@ -254,7 +257,26 @@ func (c *containers) Start(ctx context.Context, id string, r service.Restore) er
 	}
 	// The CRI service deletes the task after a failed start, but gives up when its
 	// shim does not answer. What counts is that no process exists.
-	return errors.Join(err, c.Abandon(context.WithoutCancel(ctx), id), runc.RemoveRoots(filepath.Join(r.Work, "restore.log")))
+	return errors.Join(err, c.Clean(context.WithoutCancel(ctx), id, r.Work))
+}
+
+// Clean implements service.Containers.
+func (c *containers) Clean(ctx context.Context, id, work string) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	root := ociRoot
+	known, err := c.Get(ctx, id)
+	switch {
+	case errdefs.IsNotFound(err):
+	case err != nil:
+		return err
+	case known.State != service.StateCreated && known.State != service.StateExited:
+		// It runs, or may run.
+		return nil
+	default:
+		root = known.OCIRoot
+	}
+	return runc.RemoveRestore(ctx, root, id, filepath.Join(work, "restore.log"))
 }
 
 // Abandon implements service.Containers.

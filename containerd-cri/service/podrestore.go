@@ -405,7 +405,7 @@ func (s *Service) startPrepared(ctx context.Context, r *restoreSession, c *Conta
 	r.mu.Unlock()
 	defer r.calls.Done()
 	// Each container resumes when its caller asks for it, so there is no barrier.
-	work := filepath.Join(r.scratch(), "work-"+c.Name)
+	work := r.work(c)
 	if err := os.MkdirAll(work, 0o700); err != nil {
 		return err
 	}

@@ -78,6 +78,9 @@ type Containers interface {
 	// Abandon ends every process of a restore that cannot come to its end by itself, so
 	// that Start returns.
 	Abandon(ctx context.Context, id string) error
+	// Clean removes what a restore has left of a container that does not run: processes
+	// and mounts. work is where CRIU's log was.
+	Clean(ctx context.Context, id, work string) error
 }
 
 // Pods is what RestorePod needs of the CRI service to make a pod and to remove it.

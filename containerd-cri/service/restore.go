@@ -502,8 +502,13 @@ func (s *Service) resume(r *restoreSession, c *Container) error {
 	return g.finish(c, s.start(r, c, s.c.CRIUOptions+g.options()))
 }
 
+// work is where CRIU leaves its log.
+func (r *restoreSession) work(c *Container) string {
+	return filepath.Join(r.scratch(), "work-"+c.Name)
+}
+
 func (s *Service) start(r *restoreSession, c *Container, options string) error {
-	work := filepath.Join(r.scratch(), "work-"+c.Name)
+	work := r.work(c)
 	if err := os.MkdirAll(work, 0o700); err != nil {
 		return err
 	}
@@ -554,6 +559,14 @@ func (s *Service) endRestore(r *restoreSession) error {
 	<-r.done
 	// A restore that runs reads the images; it has deadlines of its own.
 	r.calls.Wait()
+	if r.Verified {
+		// One that ended with an earlier process of this service had nobody to clean up.
+		for _, c := range r.Containers {
+			if err := s.c.Containers.Clean(context.WithoutCancel(r.ctx), c.ID, r.work(&c)); err != nil {
+				return err
+			}
+		}
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.restores[r.ID] != r {

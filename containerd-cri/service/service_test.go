@@ -41,6 +41,8 @@ type world struct {
 
 	mu         sync.Mutex
 	containers map[string]Container
+	// cleaned are the containers after whose restores was cleaned up.
+	cleaned []string
 	// sandboxes are the pods, by their ID, with the directory of each.
 	sandboxes map[string]string
 	next      int
@@ -142,6 +144,14 @@ func (w *world) startKilled(id string, r Restore) error {
 	<-w.abandoned
 	w.set(id, StateExited)
 	return errors.New("criu failed")
+}
+
+// Clean implements Containers.
+func (w *world) Clean(_ context.Context, id, _ string) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.cleaned = append(w.cleaned, id)
+	return nil
 }
 
 // Abandon implements Containers.
@@ -450,6 +460,9 @@ func TestKilledCRIU(t *testing.T) {
 	}
 	if _, err := client.FinishRestore(t.Context(), &migration.FinishRestoreRequest{SessionId: "s"}); err != nil {
 		t.Error(err)
+	}
+	if len(w.cleaned) != 1 || w.cleaned[0] != q.Containers[0].ContainerId {
+		t.Errorf("cleaned up after %v", w.cleaned)
 	}
 	if _, err := client.FinishCheckpoint(t.Context(), &migration.FinishCheckpointRequest{SessionId: "s", Outcome: migration.Outcome_OUTCOME_RESUME}); err != nil {
 		t.Error(err)

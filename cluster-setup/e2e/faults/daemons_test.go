@@ -29,7 +29,7 @@ const (
 func TestFaultDaemonKilled(t *testing.T) {
 	runAll(t, []scenario{
 		{name: "target kubelet", at: beforeFreeze, breaks: kill(target, cluster.Kubelet), ends: source, reasons: []string{"KubeletRestarted"}},
-		{name: "source kubelet", at: freezes, breaks: kill(source, cluster.Kubelet), ends: source, reasons: []string{"StreamFailed", "FreezeFailed"}},
+		{name: "source kubelet", at: freezes, breaks: kill(source, cluster.Kubelet), ends: source, reasons: []string{"StreamFailed", "FreezeFailed", "VerifyFailed"}},
 		{name: "target containerd", at: beforeFreeze, breaks: kill(target, cluster.Containerd), ends: source, reasons: []string{"StreamFailed", "VerifyFailed", "RuntimeRestarted"}},
 		{name: "source containerd", at: freezes, breaks: kill(source, cluster.Containerd), ends: source, reasons: []string{"StreamFailed", "FreezeFailed", "VerifyFailed"}},
 

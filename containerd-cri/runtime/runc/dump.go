@@ -262,20 +262,33 @@ func dumpPid(c runtime.Container, file string) (int, error) {
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return 0, err
 	}
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
+	pids, err := ociProcesses("checkpoint", c.ID)
+	if len(pids) == 0 || err != nil {
 		return 0, err
 	}
+	return pids[0], nil
+}
+
+// ociProcesses finds the processes of OCI runtimes that carry out a command on a
+// container.
+func ociProcesses(command, id string) ([]int, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	var out []int
 	for _, e := range entries {
-		if pid, err := strconv.Atoi(e.Name()); err == nil && dumps(pid, c) {
-			return pid, nil
+		if pid, err := strconv.Atoi(e.Name()); err == nil && carriesOut(pid, command, id) {
+			out = append(out, pid)
 		}
 	}
-	return 0, nil
+	return out, nil
+}
+
+func carriesOut(pid int, command, id string) bool {
+	cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	return err == nil && bytes.Contains(cmdline, []byte("\x00"+command+"\x00")) && bytes.HasSuffix(cmdline, []byte("\x00"+id+"\x00"))
 }
 
 // dumps tells whether a process is the OCI runtime that dumps a container.
-func dumps(pid int, c runtime.Container) bool {
-	cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	return err == nil && bytes.Contains(cmdline, []byte("\x00checkpoint\x00")) && bytes.HasSuffix(cmdline, []byte("\x00"+c.ID+"\x00"))
-}
+func dumps(pid int, c runtime.Container) bool { return carriesOut(pid, "checkpoint", c.ID) }

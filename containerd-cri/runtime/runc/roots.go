@@ -1,11 +1,14 @@
 package runc
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"regexp"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -14,8 +17,35 @@ import (
 // removes at the end. This is how its log names it (criu/mount.c).
 var rootLine = regexp.MustCompile(`(?m)^\(\d+\.\d+\) mnt: \t+Will mount \d+ @ (/tmp/\.criu\.mntns\.[A-Za-z0-9]{6})/`)
 
-// RemoveRoots removes what a restore that was killed has left of it. log is CRIU's log.
-func RemoveRoots(log string) error {
+// RemoveRestore removes what a restore that did not come to its end has left of a
+// container: processes, and mounts in directories of CRIU's and of the OCI runtime's.
+// log is CRIU's log.
+func RemoveRestore(ctx context.Context, ociRoot, id, log string) error {
+	if err := KillAll(ctx, id); err != nil {
+		return err
+	}
+	// The OCI runtime removes its directory itself unless it was killed.
+	for {
+		pids, err := ociProcesses("restore", id)
+		if err != nil {
+			return err
+		}
+		if len(pids) == 0 {
+			break
+		}
+		if stay := awaitEnd(ctx, pids, removeTimeout); len(stay) > 0 {
+			return fmt.Errorf("process %d of the OCI runtime still restores container %s", stay[0], id)
+		}
+	}
+	root := filepath.Join(ociRoot, id, "criu-root")
+	return errors.Join(removeRoots(log), removeMount(root))
+}
+
+// removeTimeout is for how long an OCI runtime may clean up.
+const removeTimeout = 10 * time.Second
+
+// removeRoots removes what a restore that was killed has left of it. log is CRIU's log.
+func removeRoots(log string) error {
 	b, err := os.ReadFile(log)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -27,8 +57,12 @@ func RemoveRoots(log string) error {
 	if m == nil {
 		return nil
 	}
-	dir := string(m[1])
-	// It is a mount of its own. EINVAL: CRIU came to the end of its mounts.
+	return removeMount(string(m[1]))
+}
+
+// removeMount removes a mount point that may be there, and its directory.
+func removeMount(dir string) error {
+	// EINVAL: it is not mounted any more.
 	if err := unix.Unmount(dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("unmount %s, which a restore has left: %w", dir, err)
 	}

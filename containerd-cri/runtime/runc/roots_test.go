@@ -8,7 +8,7 @@ import (
 
 func TestRemoveRoots(t *testing.T) {
 	log := filepath.Join(t.TempDir(), "restore.log")
-	if err := RemoveRoots(log); err != nil {
+	if err := removeRoots(log); err != nil {
 		t.Errorf("without a log: %v", err)
 	}
 	roots := filepath.Join("/tmp", ".criu.mntns.Zz09aA")
@@ -26,7 +26,7 @@ func TestRemoveRoots(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 2 {
-		if err := RemoveRoots(log); err != nil && os.Getuid() == 0 {
+		if err := removeRoots(log); err != nil && os.Getuid() == 0 {
 			t.Fatal(err)
 		}
 	}
