@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/cap"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/typeurl/v2"
 	securejoin "github.com/cyphar/filepath-securejoin"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -64,7 +65,7 @@ func (c *containers) Get(ctx context.Context, id string) (service.Container, err
 	ctx = namespaces.WithNamespace(ctx, namespace)
 	res, err := c.cri.ContainerStatus(ctx, &cri.ContainerStatusRequest{ContainerId: id, Verbose: true})
 	if err != nil {
-		return out, err
+		return out, errgrpc.ToNative(err)
 	}
 	var info criInfo
 	if err := json.Unmarshal([]byte(res.Info["info"]), &info); err != nil {

@@ -253,7 +253,7 @@ func (g *gate) finish(c *Container, err error) error {
 	}
 	g.close()
 	if err != nil && others != nil {
-		return fmt.Errorf("nothing was resumed, since not all containers could be restored: %w", others)
+		return fmt.Errorf("nothing was resumed: %w", others)
 	}
 	return err
 }

@@ -123,19 +123,7 @@ func (c *checkpointSession) setPhase(p phase) error {
 
 // PrepareCheckpoint implements migration.MigrationServiceServer.
 func (s *Service) PrepareCheckpoint(ctx context.Context, r *migration.PrepareCheckpointRequest) (*migration.PrepareCheckpointResponse, error) {
-	if err := checkSession(r.SessionId); err != nil {
-		return nil, err
-	}
-	if err := checkOptions(r.Options); err != nil {
-		return nil, err
-	}
-	if r.StreamVersion != checkpoint.Version {
-		return nil, invalid("stream version %d is not one of this runtime's: [%d]", r.StreamVersion, checkpoint.Version)
-	}
-	if err := checkVolumes(r.Volumes); err != nil {
-		return nil, err
-	}
-	req, err := marshal(r)
+	req, err := checkPrepare(r)
 	if err != nil {
 		return nil, err
 	}

@@ -537,8 +537,8 @@ func TestRestorePodCollects(t *testing.T) {
 	}
 }
 
-// TestStartContainerOnce: the start of a prepared container happens once, and is
-// undone when its caller has gone.
+// TestStartContainerOnce: the start of a prepared container happens once, and not when
+// its caller has gone.
 func TestStartContainerOnce(t *testing.T) {
 	w := newWorld(t)
 	s, _ := w.serve(t)

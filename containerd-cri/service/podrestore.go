@@ -5,11 +5,9 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -20,7 +18,6 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"podmig.dev/podmig/containerd-cri/checkpoint"
-	"podmig.dev/podmig/containerd-cri/runtime"
 	migration "podmig.dev/podmig/cri-api/migration/v1alpha1"
 )
 
@@ -404,34 +401,15 @@ func (s *Service) startPrepared(ctx context.Context, r *restoreSession, c *Conta
 	r.calls.Add(1)
 	r.mu.Unlock()
 	defer r.calls.Done()
-	// Each container resumes when its caller asks for it, so there is no barrier.
-	work := r.work(c)
-	if err := os.MkdirAll(work, 0o700); err != nil {
-		return err
-	}
-	conf := filepath.Join(r.scratch(), "criu-"+c.Name+".conf")
-	if err := os.WriteFile(conf, []byte(s.c.CRIUOptions), 0o600); err != nil {
-		return err
-	}
-	// Cut off in the middle, a restore could still end with running processes. So it runs
-	// to its end, and is undone if nobody waited.
-	whole, cancel := context.WithTimeout(context.WithoutCancel(ctx), restoreTimeout)
-	defer cancel()
-	err = s.c.Containers.Start(whole, c.ID, Restore{Images: r.images(c.Name), Work: work, Config: conf, StartedAt: time.Now()})
-	if err == nil && ctx.Err() != nil {
-		err = s.undo(whole, c.ID, ctx.Err())
-	}
-	return err
-}
-
-// undo ends the processes of a container that was restored in vain.
-func (s *Service) undo(ctx context.Context, id string, cause error) error {
-	err := fmt.Errorf("the caller has gone, the container was stopped again: %w", cause)
-	c, gerr := s.c.Containers.Get(ctx, id)
-	if gerr != nil {
-		return errors.Join(err, gerr)
-	}
-	return errors.Join(err, s.c.Runtime.Kill(ctx, []runtime.Container{c.Container}))
+	// Each container resumes when its caller asks for it, and not when it has gone
+	// meanwhile: nobody would know of the processes.
+	b := newBarrier([]Container{*c})
+	b.join(c.ID)
+	return s.through(r, c, b, func() {
+		if err := ctx.Err(); err != nil {
+			b.abort(fmt.Errorf("the caller has gone: %w", err))
+		}
+	}, time.Now())
 }
 
 // spent tells whether nothing of a prepared pod is left to be started.

@@ -103,19 +103,7 @@ func (r *restoreSession) images(container string) string {
 
 // PrepareRestore implements migration.MigrationServiceServer.
 func (s *Service) PrepareRestore(ctx context.Context, r *migration.PrepareRestoreRequest) (*migration.PrepareRestoreResponse, error) {
-	if err := checkSession(r.SessionId); err != nil {
-		return nil, err
-	}
-	if err := checkOptions(r.Options); err != nil {
-		return nil, err
-	}
-	if r.StreamVersion != checkpoint.Version {
-		return nil, invalid("stream version %d is not one of this runtime's: [%d]", r.StreamVersion, checkpoint.Version)
-	}
-	if err := checkVolumes(r.Volumes); err != nil {
-		return nil, err
-	}
-	req, err := marshal(r)
+	req, err := checkPrepare(r)
 	if err != nil {
 		return nil, err
 	}
@@ -145,11 +133,8 @@ func (s *Service) PrepareRestore(ctx context.Context, r *migration.PrepareRestor
 		firstDone:     make(chan struct{}),
 	}
 	for _, c := range cs {
-		if c.UpperDir == "" {
-			return nil, precondition("container %s has no writable layer that can be written: only the overlayfs snapshotter is supported", c.Name)
-		}
-		if c.TTY {
-			return nil, precondition("container %s has a terminal, which can not be moved: run it without tty", c.Name)
+		if err := checkCreated(c); err != nil {
+			return nil, err
 		}
 	}
 	for _, v := range r.Volumes {
@@ -485,21 +470,31 @@ func (s *Service) resume(r *restoreSession, c *Container) error {
 		r.barrier.abort(err)
 		return err
 	}
-	g, err := r.barrier.gate(c.ID, func() {
+	err = s.through(r, c, r.barrier, func() {
 		if r.First == c.ID {
 			r.endFirst(true)
 		}
-	}, func() {
-		log.G(r.ctx).WithField("session", r.ID).WithField("container", c.ID).Warn("CRIU has ended in the middle of a restore, ending what it has left")
+	}, time.Unix(0, r.Manifest.Container(c.Name).StartedAt))
+	if err != nil {
+		r.barrier.abort(err)
+	}
+	return err
+}
+
+// through restores one container and lets it run when the barrier does. restored is
+// called in between.
+func (s *Service) through(r *restoreSession, c *Container, b *barrier, restored func(), startedAt time.Time) error {
+	g, err := b.gate(c.ID, restored, func() {
+		l := log.G(r.ctx).WithField("session", r.ID).WithField("container", c.ID)
+		l.Warn("CRIU has ended in the middle of a restore, ending what it has left")
 		if err := s.c.Containers.Abandon(context.WithoutCancel(r.ctx), c.ID); err != nil {
-			log.G(r.ctx).WithError(err).WithField("container", c.ID).Error("the end of a restore without CRIU failed")
+			l.WithError(err).Error("the end of a restore without CRIU failed")
 		}
 	})
 	if err != nil {
-		r.barrier.abort(err)
 		return err
 	}
-	return g.finish(c, s.start(r, c, s.c.CRIUOptions+g.options()))
+	return g.finish(c, s.start(r, c, s.c.CRIUOptions+g.options(), startedAt))
 }
 
 // work is where CRIU leaves its log.
@@ -507,7 +502,7 @@ func (r *restoreSession) work(c *Container) string {
 	return filepath.Join(r.scratch(), "work-"+c.Name)
 }
 
-func (s *Service) start(r *restoreSession, c *Container, options string) error {
+func (s *Service) start(r *restoreSession, c *Container, options string, startedAt time.Time) error {
 	work := r.work(c)
 	if err := os.MkdirAll(work, 0o700); err != nil {
 		return err
@@ -518,10 +513,7 @@ func (s *Service) start(r *restoreSession, c *Container, options string) error {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), restoreTimeout)
 	defer cancel()
-	return s.c.Containers.Start(ctx, c.ID, Restore{
-		Images: r.images(c.Name), Work: work, Config: conf,
-		StartedAt: time.Unix(0, r.Manifest.Container(c.Name).StartedAt),
-	})
+	return s.c.Containers.Start(ctx, c.ID, Restore{Images: r.images(c.Name), Work: work, Config: conf, StartedAt: startedAt})
 }
 
 // FinishRestore implements migration.MigrationServiceServer.

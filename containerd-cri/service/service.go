@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"podmig.dev/podmig/containerd-cri/checkpoint"
 	"podmig.dev/podmig/containerd-cri/runtime"
@@ -332,6 +333,30 @@ func checkSession(id string) error {
 		return invalid("names of sessions that begin with %s are taken", podPrefix)
 	}
 	return nil
+}
+
+// checkPrepare looks at what both requests that open a session have, and returns the
+// request in the form in which it is remembered.
+func checkPrepare(r interface {
+	proto.Message
+	GetSessionId() string
+	GetOptions() map[string]string
+	GetStreamVersion() uint32
+	GetVolumes() []*migration.Volume
+}) ([]byte, error) {
+	if err := checkSession(r.GetSessionId()); err != nil {
+		return nil, err
+	}
+	if err := checkOptions(r.GetOptions()); err != nil {
+		return nil, err
+	}
+	if v := r.GetStreamVersion(); v != checkpoint.Version {
+		return nil, invalid("stream version %d is not one of this runtime's: [%d]", v, checkpoint.Version)
+	}
+	if err := checkVolumes(r.GetVolumes()); err != nil {
+		return nil, err
+	}
+	return marshal(r)
 }
 
 // checkOptions refuses every option: none is defined yet.

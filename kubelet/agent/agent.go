@@ -217,13 +217,29 @@ func (a *Agent) run(d *driver, after func()) {
 	}()
 }
 
-// peer connects to the kubelet of a node.
-func (a *Agent) peer(ctx context.Context, node string) (Peer, error) {
-	address, err := a.cfg.API.Kubelet(ctx, node)
+// peer connects to the kubelet of the other side. Once the pods of a migration have
+// ended, the API server tells a node nothing of the other any more; what is left to be
+// said goes to where its kubelet was.
+func (a *Agent) peer(ctx context.Context, id migration.Identity) (Peer, error) {
+	address, err := a.cfg.API.Kubelet(ctx, id.PeerNode)
 	if err != nil {
-		return nil, fmt.Errorf("find the kubelet of node %s: %w", node, err)
+		if id.PeerAddress == "" {
+			return nil, fmt.Errorf("find the kubelet of node %s: %w", id.PeerNode, err)
+		}
+		address = id.PeerAddress
 	}
-	return a.cfg.Dial(node, address)
+	return a.cfg.Dial(id.PeerNode, address)
+}
+
+// locate notes where the kubelet of the other side is.
+func (a *Agent) locate(ctx context.Context, id migration.Identity) migration.Identity {
+	address, err := a.cfg.API.Kubelet(ctx, id.PeerNode)
+	if err != nil {
+		// It is looked for again when it is needed.
+		klog.FromContext(ctx).V(2).Info("Kubelet of the other side not found yet", "node", id.PeerNode, "err", err)
+	}
+	id.PeerAddress = address
+	return id
 }
 
 // session is the name of a migration on the wire.

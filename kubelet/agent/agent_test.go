@@ -376,23 +376,7 @@ func TestRestart(t *testing.T) {
 			w.running("source")
 			clone := w.put("clone", "b", "source")
 			w.atMostOne("source", "clone")
-			n := w.nodes[tt.node]
-			down := make(chan struct{})
-			n.at(tt.point, func() {
-				// The loop goes no further than this point, as in a crash.
-				n.current().close()
-				close(down)
-			})
-			done := make(chan error, 1)
-			go func() { done <- w.sync(t.Context(), clone) }()
-			<-down
-			n.stop()
-			n.start()
-			err := <-done
-			if tt.node == "b" {
-				// The new kubelet synchronises its pods again.
-				err = w.sync(t.Context(), clone)
-			}
+			err := w.crash(t, tt.node, tt.point, clone, func(*testNode) {})
 			if tt.moves {
 				if err != nil {
 					t.Fatal(err)

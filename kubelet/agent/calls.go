@@ -20,7 +20,7 @@ func (t *target) connection(ctx context.Context) (Peer, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.source == nil {
-		p, err := t.a.peer(ctx, t.d.identity().PeerNode)
+		p, err := t.a.peer(ctx, t.d.identity())
 		if err != nil {
 			return nil, err
 		}

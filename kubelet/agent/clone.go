@@ -112,7 +112,7 @@ func (a *Agent) target(ctx context.Context, pod *v1.Pod) (*target, error) {
 	if err := a.prepareLogs(pod, source); err != nil {
 		return nil, fmt.Errorf("prepare the log directories: %w", err)
 	}
-	t = a.addTarget(migration.NewTarget(id, a.cfg.Deadlines))
+	t = a.addTarget(migration.NewTarget(a.locate(ctx, id), a.cfg.Deadlines))
 	t.d.post(migration.Begun{})
 	return t, nil
 }

@@ -74,25 +74,7 @@ func TestDraining(t *testing.T) {
 			w.running("source")
 			clone := w.put("clone", "b", "source")
 			w.atMostOne("source", "clone")
-			n := w.nodes[tt.node]
-			down := make(chan struct{})
-			n.at(tt.point, func() {
-				n.current().close()
-				close(down)
-			})
-			done := make(chan error, 1)
-			go func() { done <- w.sync(t.Context(), clone) }()
-			<-down
-			n.stop()
-			n.draining = true
-			n.start()
-			err := <-done
-			if tt.node == "b" {
-				if !n.current().Knows("uid-of-pod-clone") {
-					t.Error("the node has forgotten the clone")
-				}
-				err = w.sync(t.Context(), clone)
-			}
+			err := w.crash(t, tt.node, tt.point, clone, func(n *testNode) { n.draining = true })
 			if tt.moves {
 				if err != nil {
 					t.Fatal(err)
@@ -115,6 +97,27 @@ func TestDraining(t *testing.T) {
 			if a := w.nodes["a"]; !a.runtime.Active(a.id("another")) {
 				t.Error("the other pod does not run any more")
 			}
+		})
+	}
+}
+
+// When the pods have ended, the API server tells no node any more where the other is.
+// What is left to be said is said all the same.
+func TestHiddenNodes(t *testing.T) {
+	for _, tt := range []struct{ node, point string }{
+		{"b", "target.call-done"},
+		{"a", "source.answer-commit-ok"},
+	} {
+		t.Run(tt.node+" at "+tt.point, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.running("source")
+			clone := w.put("clone", "b", "source")
+			w.atMostOne("source", "clone")
+			if err := w.crash(t, tt.node, tt.point, clone, func(*testNode) { w.hidden.Store(true) }); err != nil {
+				t.Fatal(err)
+			}
+			w.moved(t)
 		})
 	}
 }

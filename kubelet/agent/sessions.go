@@ -125,10 +125,10 @@ func (a *Agent) Open(ctx context.Context, c peer.Call, r *wire.OpenRequest) (*wi
 	if err := a.preflight(ctx, sandbox, containers, r, offer); err != nil {
 		return nil, err
 	}
-	s, err := a.begin(migration.Identity{
+	s, err := a.begin(a.locate(ctx, migration.Identity{
 		Session: c.ID, Namespace: c.Namespace, SourcePod: c.Pod, SourceUID: r.SourceUID,
 		ClonePod: clone.Name, PeerNode: c.Caller.Node, SandboxID: sandbox, Containers: containers,
-	}, offer)
+	}), offer)
 	if err != nil {
 		return nil, err
 	}

@@ -441,7 +441,7 @@ func (s *source) askTarget(ctx context.Context) {
 }
 
 func (s *source) askKubelet(ctx context.Context, id migration.Identity) (*wire.OutcomeResponse, error) {
-	p, err := s.a.peer(ctx, id.PeerNode)
+	p, err := s.a.peer(ctx, id)
 	if err != nil {
 		return nil, err
 	}

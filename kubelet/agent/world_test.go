@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -34,8 +35,10 @@ const cloneOf = "test/clonePod"
 
 // world is two nodes, an API server and the network between them.
 type world struct {
-	t     *testing.T
-	nodes map[string]*testNode
+	// hidden nodes may not be read.
+	hidden atomic.Bool
+	t      *testing.T
+	nodes  map[string]*testNode
 
 	// forbidden, if set, tells whether the API server forbids to read a pod.
 	forbidden func(name string) bool
@@ -110,7 +113,12 @@ func (n *testNode) start() {
 	a := New(context.Background(), Config{
 		Node: n, API: n.w, Containers: n, Runtime: n.client, Journal: j, Guard: g,
 		Metrics: NewMetrics(), Deadlines: deadlines, DialStream: DialStream, Draining: n.draining,
-		Dial: func(node, _ string) (Peer, error) { return &link{w: n.w, from: n.name, to: n.w.nodes[node]}, nil },
+		Dial: func(node, address string) (Peer, error) {
+			if address != node+":10250" {
+				return nil, fmt.Errorf("node %s has no address %q", node, address)
+			}
+			return &link{w: n.w, from: n.name, to: n.w.nodes[node]}, nil
+		},
 		Point: func(name string) {
 			n.mu.Lock()
 			p := n.point
@@ -126,6 +134,35 @@ func (n *testNode) start() {
 	if err := a.Recover(); err != nil {
 		n.w.t.Fatal(err)
 	}
+}
+
+// crash lets a clone take over its source and the agent of a node go down at a point, as
+// in a crash. changed is called before it comes back. The error is that of the last
+// synchronisation of the clone.
+func (w *world) crash(t *testing.T, node, point string, clone *v1.Pod, changed func(*testNode)) error {
+	t.Helper()
+	n := w.nodes[node]
+	down := make(chan struct{})
+	n.at(point, func() {
+		// The loop goes no further than this point.
+		n.current().close()
+		close(down)
+	})
+	done := make(chan error, 1)
+	go func() { done <- w.sync(t.Context(), clone) }()
+	<-down
+	n.stop()
+	changed(n)
+	n.start()
+	err := <-done
+	if node == clone.Spec.NodeName {
+		if !n.current().Knows(string(clone.UID)) {
+			t.Error("the node has forgotten the clone")
+		}
+		// The new kubelet synchronises its pods again.
+		err = w.sync(t.Context(), clone)
+	}
+	return err
 }
 
 func (n *testNode) stop() { n.current().Close() }
@@ -234,7 +271,12 @@ func (n *testNode) id(pod string) string {
 
 // The API server.
 
-func (w *world) Kubelet(_ context.Context, node string) (string, error) { return node + ":10250", nil }
+func (w *world) Kubelet(_ context.Context, node string) (string, error) {
+	if w.hidden.Load() {
+		return "", apierrors.NewForbidden(v1.Resource("nodes"), node, errors.New("no relationship found"))
+	}
+	return node + ":10250", nil
+}
 
 func (w *world) Fenced(context.Context, string) (bool, error) { return false, nil }
 

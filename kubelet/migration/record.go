@@ -36,6 +36,9 @@ type Identity struct {
 	ClonePod  string `json:"clonePod"`
 	// PeerNode is the node of the other side.
 	PeerNode string `json:"peerNode"`
+	// PeerAddress is where its kubelet was found when the migration began, host and port;
+	// empty if it was not.
+	PeerAddress string `json:"peerAddress,omitempty"`
 	// SandboxID and Containers are those of this side.
 	SandboxID  string      `json:"sandboxID,omitempty"`
 	Containers []Container `json:"containers,omitempty"`

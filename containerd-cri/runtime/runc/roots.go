@@ -37,8 +37,15 @@ func RemoveRestore(ctx context.Context, ociRoot, id, log string) error {
 			return fmt.Errorf("process %d of the OCI runtime still restores container %s", stay[0], id)
 		}
 	}
-	root := filepath.Join(ociRoot, id, "criu-root")
-	return errors.Join(removeRoots(log), removeMount(root))
+	state := filepath.Join(ociRoot, id)
+	if err := errors.Join(removeRoots(log), removeMount(filepath.Join(state, "criu-root"))); err != nil {
+		return err
+	}
+	// With a file in it the container is known, and deleted like any other.
+	if err := unix.Rmdir(state); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENOTEMPTY) {
+		return fmt.Errorf("remove the OCI runtime's state of container %s, which a restore has left: %w", id, err)
+	}
+	return nil
 }
 
 // removeTimeout is for how long an OCI runtime may clean up.
