@@ -16,7 +16,6 @@ import (
 	"github.com/containerd/containerd/v2/pkg/cap"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/typeurl/v2"
 	securejoin "github.com/cyphar/filepath-securejoin"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -65,7 +64,7 @@ func (c *containers) Get(ctx context.Context, id string) (service.Container, err
 	ctx = namespaces.WithNamespace(ctx, namespace)
 	res, err := c.cri.ContainerStatus(ctx, &cri.ContainerStatusRequest{ContainerId: id, Verbose: true})
 	if err != nil {
-		return out, errgrpc.ToNative(err)
+		return out, err
 	}
 	var info criInfo
 	if err := json.Unmarshal([]byte(res.Info["info"]), &info); err != nil {
