@@ -84,15 +84,20 @@ e2e-faults: image ## Break things while pods move, at each step of a migration: 
 
 ##@ Generated code of ours
 CRI_API := cri-api/migration/v1alpha1
+# Not in go.mod: what it needs would move versions that upstream has chosen.
+CONTROLLER_GEN := sigs.k8s.io/controller-tools/cmd/controller-gen@v0.23.0
 
 .PHONY: generate generate-check
-generate: deps ## Write the Go code of the CRI extension from its .proto
+generate: deps ## Write the Go code of the CRI extension from its .proto, deep copies and definitions of the objects from their types
 	@go build -o .build/tools/ google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
 	@PATH="$(CURDIR)/.build/tools:$$PATH" protoc -I $(CRI_API) --go_out=$(CRI_API) --go_opt=paths=source_relative \
 		--go-grpc_out=$(CRI_API) --go-grpc_opt=paths=source_relative migration.proto
+	@[ -x .build/tools/controller-gen ] && .build/tools/controller-gen --version | grep -q ' $(lastword $(subst @, ,$(CONTROLLER_GEN)))$$' || \
+		GOBIN=$(CURDIR)/.build/tools go install $(CONTROLLER_GEN)
+	@.build/tools/controller-gen object crd paths=./kubelet/apis/... output:crd:dir=cluster-setup/manifests/crds
 
-generate-check: generate ## Fail if the committed code is not what the .proto gives
-	@git diff --exit-code --stat -I '^// .*protoc ' -- '$(CRI_API)/*.pb.go' || { echo "the generated code is stale: commit what make generate wrote"; exit 1; }
+generate-check: generate ## Fail if the committed code is not what its sources give
+	@git diff --exit-code --stat -I '^// .*protoc ' -- '$(CRI_API)/*.pb.go' kubelet/apis cluster-setup/manifests/crds || { echo "the generated code is stale: commit what make generate wrote"; exit 1; }
 
 ##@ Images and the local cluster (cluster-setup/README.md)
 NODES ?= 2

@@ -217,7 +217,8 @@ func (c *Cluster) Run(ctx context.Context, machine string, command supervisor.Co
 // Kubectl runs kubectl as the administrator. It runs beside the control plane, with the caller's files and working directory.
 func (c *Cluster) Kubectl(ctx context.Context, command supervisor.Command) error {
 	command.Args = append([]string{filepath.Join(c.state.Bin, "kubectl")}, command.Args...)
-	command.Env = append(command.Env, "KUBECONFIG="+c.Kubeconfig())
+	// kubectl looks for its plugins in the path.
+	command.Env = append(command.Env, "KUBECONFIG="+c.Kubeconfig(), "PATH="+c.state.Bin+":"+os.Getenv("PATH"))
 	return c.Hub().Supervisor().Run(ctx, command)
 }
 

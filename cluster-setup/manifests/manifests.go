@@ -3,7 +3,8 @@
 package manifests
 
 import (
-	_ "embed"
+	"bytes"
+	"embed"
 	"strings"
 )
 
@@ -16,6 +17,28 @@ var RBAC []byte
 //
 //go:embed audit-policy.yaml
 var AuditPolicy []byte
+
+//go:embed crds controller.yaml
+var controller embed.FS
+
+// Controller has the custom resource definitions, which have to be there first, and the
+// controller of PodMigration objects.
+func Controller() (definitions, objects []byte, err error) {
+	entries, err := controller.ReadDir("crds")
+	if err != nil {
+		return nil, nil, err
+	}
+	var all [][]byte
+	for _, e := range entries {
+		text, err := controller.ReadFile("crds/" + e.Name())
+		if err != nil {
+			return nil, nil, err
+		}
+		all = append(all, text)
+	}
+	objects, err = controller.ReadFile("controller.yaml")
+	return bytes.Join(all, []byte("\n---\n")), objects, err
+}
 
 //go:embed dns.yaml
 var dns string

@@ -33,8 +33,9 @@ func (p *processes) start(c command) (int, <-chan unix.WaitStatus, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	pid, err := syscall.ForkExec(path, c.args, &syscall.ProcAttr{
-		Dir:   c.dir,
-		Env:   c.env,
+		Dir: c.dir,
+		// Of a variable that is set twice the last counts; many programs take the first.
+		Env:   (&exec.Cmd{Env: c.env}).Environ(),
 		Files: c.files,
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})

@@ -158,6 +158,7 @@ func TestRun(t *testing.T) {
 		{"output", "echo out; echo err >&2", "", "out\nerr\n", 0},
 		{"input", "cat", "hello", "hello", 0},
 		{"environment", "echo $GIVEN", "", "yes\n", 0},
+		{"replaced variable", "env | grep ^LANG=", "", "LANG=given\n", 0},
 		{"status", "exit 7", "", "", 7},
 		{"signal", "kill -TERM $$", "", "", 128 + int(unix.SIGTERM)},
 		{"no stray files", "ls /proc/self/fd | wc -l", "", "4\n", 0}, // Three and the folder itself.
@@ -165,7 +166,7 @@ func TestRun(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			var out strings.Builder
 			err := client.Run(t.Context(), Command{
-				Args: []string{"sh", "-c", test.script}, Env: []string{"GIVEN=yes"},
+				Args: []string{"sh", "-c", test.script}, Env: []string{"LANG=first", "GIVEN=yes", "LANG=given"},
 				Stdin: strings.NewReader(test.input), Stdout: &out, Stderr: &out,
 			})
 			var ended *ExitError

@@ -354,6 +354,43 @@ func TestCancelBeforeTheCommit(t *testing.T) {
 	}
 }
 
+// The annotation ends a migration before the commit and nothing afterwards.
+func TestCancelByAnnotation(t *testing.T) {
+	for _, tt := range []struct {
+		point string
+		moves bool
+	}{
+		{"target.create-containers", false},
+		{"target.receive-stream", false},
+		{"target.call-freeze", false},
+		{"target.restore", true},
+	} {
+		t.Run(tt.point, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.running("source")
+			clone := w.put("clone", "b", "source")
+			w.atMostOne("source", "clone")
+			w.nodes["b"].at(tt.point, func() {
+				w.mu.Lock()
+				w.pods["clone"].Annotations = map[string]string{v1alpha1.AnnotationCancel: "true"}
+				w.mu.Unlock()
+				// Longer than the kubelet takes to see it.
+				time.Sleep(2 * cancelInterval)
+			})
+			err := w.sync(t.Context(), clone)
+			if tt.moves {
+				if err != nil {
+					t.Fatal(err)
+				}
+				w.moved(t)
+				return
+			}
+			w.stayed(t, "Cancelled", "asked to cancel")
+		})
+	}
+}
+
 // A kubelet that goes down at any of these points goes on from its journal.
 func TestRestart(t *testing.T) {
 	tests := []struct {

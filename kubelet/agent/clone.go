@@ -12,6 +12,7 @@ import (
 	v1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
+	"podmig.dev/podmig/kubelet/apis/migration/v1alpha1"
 	"podmig.dev/podmig/kubelet/compare"
 	"podmig.dev/podmig/kubelet/guard"
 	"podmig.dev/podmig/kubelet/migration"
@@ -48,7 +49,7 @@ func (a *Agent) Takes(pod *v1.Pod) bool {
 // Sync takes the place of the runtime's SyncPod for a pod that Takes. It returns
 // when the clone runs, or with the reason why it never will, and does not return
 // before that unless the kubelet shuts down. When ctx ends, the migration is
-// cancelled. create makes sandbox and containers of the pod it is given, without
+// cancelled, as when the pod gets the annotation that asks for it. create makes sandbox and containers of the pod it is given, without
 // starting them.
 func (a *Agent) Sync(ctx context.Context, pod *v1.Pod, create func(*v1.Pod) error) error {
 	t, err := a.target(ctx, pod)
@@ -56,8 +57,16 @@ func (a *Agent) Sync(ctx context.Context, pod *v1.Pod, create func(*v1.Pod) erro
 		return err
 	}
 	cancelled := ctx.Done()
+	// The kubelet brings a pod's changes to whoever synchronises it only when that is over.
+	look := time.NewTicker(cancelInterval)
+	defer look.Stop()
 	for {
 		select {
+		case <-look.C:
+			if now, ok := a.cfg.Node.Pod(string(pod.UID)); ok && now.Annotations[v1alpha1.AnnotationCancel] != "" {
+				look.Stop()
+				t.d.post(migration.Cancelled{Message: "somebody asked to cancel the migration"})
+			}
 		case <-t.create:
 			t.createContainers(ctx, pod, create)
 		case <-cancelled:
@@ -74,6 +83,9 @@ func (a *Agent) Sync(ctx context.Context, pod *v1.Pod, create func(*v1.Pod) erro
 		}
 	}
 }
+
+// cancelInterval is how often a clone is looked at whether it is to be given up.
+const cancelInterval = 200 * time.Millisecond
 
 // target returns the migration of a clone and begins it if need be.
 func (a *Agent) target(ctx context.Context, pod *v1.Pod) (*target, error) {

@@ -1,0 +1,304 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	v1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+
+	"podmig.dev/podmig/cluster-setup/kit"
+	"podmig.dev/podmig/cluster-setup/manifests"
+	"podmig.dev/podmig/cluster-setup/supervisor"
+	"podmig.dev/podmig/kubelet/apis/migration/v1alpha1"
+)
+
+// install brings the controller of PodMigration objects up, and removes it after the test.
+func install(ctx context.Context, t *testing.T) {
+	t.Helper()
+	definitions, objects, err := manifests.Controller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := admin.Cluster.Apply(ctx, definitions); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := admin.Kubectl(ctx, "wait", "--for=condition=Established", "--timeout=30s", "crd/podmigrations.podmig.dev"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		for _, args := range [][]string{{"delete", "--ignore-not-found", "namespace", "podmig-system"}, {"delete", "crd", "podmigrations.podmig.dev"}} {
+			if _, err := admin.Kubectl(ctx, args...); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	if err := admin.Cluster.Apply(ctx, objects); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := admin.Kubectl(ctx, "-n", "podmig-system", "rollout", "status", "--timeout=60s", "deployment/podmig-controller"); err != nil {
+		text, _ := admin.Kubectl(ctx, "-n", "podmig-system", "get", "pods,events", "-o", "wide")
+		log, _ := admin.Kubectl(ctx, "-n", "podmig-system", "logs", "deployment/podmig-controller")
+		t.Fatalf("%v\n%s\n%s", err, text, log)
+	}
+}
+
+// migrate calls kubectl's plugin and returns what it prints and the code that it ends with.
+func migrate(ctx context.Context, t *testing.T, k *kit.Kit, args ...string) (out, progress string, code int) {
+	t.Helper()
+	var o, e bytes.Buffer
+	err := k.Cluster.Kubectl(ctx, supervisor.Command{Args: append([]string{"migrate", "-n", k.Namespace}, args...), Stdout: &o, Stderr: &e})
+	var ended *supervisor.ExitError
+	if errors.As(err, &ended) {
+		code = ended.Code
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("kubectl migrate %s: %d\n%s%s", strings.Join(args, " "), code, e.String(), o.String())
+	return strings.TrimSpace(o.String()), e.String(), code
+}
+
+var migrationResource = v1alpha1.GroupVersion.WithResource("podmigrations")
+
+// migrations reads all of a namespace.
+func migrations(ctx context.Context, t *testing.T, k *kit.Kit) []v1alpha1.PodMigration {
+	t.Helper()
+	list, err := k.Dynamic.Resource(migrationResource).Namespace(k.Namespace).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []v1alpha1.PodMigration
+	for _, u := range list.Items {
+		var m v1alpha1.PodMigration
+		if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object, &m); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, m)
+	}
+	return all
+}
+
+// Pods are moved by PodMigration objects, with kubectl's plugin.
+func TestMigrate(t *testing.T) {
+	ctx, k := begin(t, 5*time.Minute)
+	install(ctx, t)
+	t.Run("there and back", func(t *testing.T) {
+		if err := k.Create(ctx, redisPod); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := k.WaitRunning(ctx, "redis-0"); err != nil {
+			t.Fatal(err)
+		}
+		r := redis{k, "redis-0"}
+		r.cli(ctx, t, "set", "key", "value")
+		runID, _ := r.server(ctx, t)
+		for _, target := range []string{"", node1} {
+			args := []string{r.pod}
+			if target != "" {
+				args = append(args, target)
+			}
+			out, progress, code := migrate(ctx, t, k, args...)
+			name, ok := strings.CutPrefix(out, "pod/redis-0-")
+			if code != 0 || !ok || !strings.Contains(progress, "Succeeded") {
+				t.Fatalf("it ended with %d, the new pod is %q", code, out)
+			}
+			// The clone runs before the source hears of it.
+			if _, err := k.WaitPod(ctx, r.pod, "migrated", func(p *v1.Pod) (bool, error) { return p.Status.Reason == v1alpha1.ReasonMigrated, nil }); err != nil {
+				t.Fatal(err)
+			}
+			r.pod = "redis-0-" + name
+			if id, _ := r.server(ctx, t); id != runID || r.cli(ctx, t, "get", "key") != "value" {
+				t.Error("it is another redis")
+			}
+		}
+	})
+	t.Run("refused", func(t *testing.T) {
+		if _, progress, code := migrate(ctx, t, k, "nobody"); code != 3 || !strings.Contains(progress, `no pod "nobody"`) {
+			t.Errorf("a pod that does not exist: %d", code)
+		}
+		if _, progress, code := migrate(ctx, t, k, "redis-0"); code != 3 || !strings.Contains(progress, "only a running pod can be moved") {
+			t.Errorf("a pod that was moved: %d", code)
+		}
+		if err := k.Create(ctx, strings.NewReplacer("redis-0", "host", "containers:", "volumes: [{name: v, hostPath: {path: /tmp}}]\n  containers:").Replace(redisPod)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := k.WaitRunning(ctx, "host"); err != nil {
+			t.Fatal(err)
+		}
+		if _, progress, code := migrate(ctx, t, k, "host"); code != 3 || !strings.Contains(progress, "the path /tmp of the source node") {
+			t.Errorf("a pod with a hostPath: %d", code)
+		}
+		until(ctx, t, "the clone that failed is gone", func() error {
+			pods, err := k.Client.CoreV1().Pods(k.Namespace).List(ctx, metav1.ListOptions{LabelSelector: v1alpha1.LabelMigration})
+			if err != nil || len(pods.Items) == 2 {
+				return err
+			}
+			return fmt.Errorf("%d pods are clones, 2 of them run or have run", len(pods.Items))
+		})
+		if p, err := k.Pod(ctx, "host"); err != nil || p.Status.Phase != v1.PodRunning {
+			t.Errorf("the pod is %v, %v", p, err)
+		}
+	})
+	t.Run("cancelled and too long", func(t *testing.T) {
+		selector := "--node-selector=there=none"
+		if _, progress, code := migrate(ctx, t, k, "host", selector, "--timeout=2s"); code != 3 || !strings.Contains(progress, "No node took the clone in 2 seconds") {
+			t.Errorf("a clone that finds no node: %d", code)
+		}
+		if out, _, code := migrate(ctx, t, k, "host", selector, "--no-wait"); code != 0 || !strings.HasPrefix(out, "podmigration.podmig.dev/host-") {
+			t.Errorf("%d, %s", code, out)
+		}
+		if out, _, code := migrate(ctx, t, k, "host", "--cancel"); code != 0 || !strings.Contains(out, "cancelled") {
+			t.Errorf("%d, %s", code, out)
+		}
+		for _, m := range migrations(ctx, t, k) {
+			if !m.Status.Phase.Over() {
+				t.Errorf("migration %s is %s", m.Name, m.Status.Phase)
+			}
+		}
+	})
+	t.Run("cancelled while memory is sent", func(t *testing.T) {
+		if err := k.Create(ctx, ballastPod); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := k.WaitRunning(ctx, "ballast"); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, code := migrate(ctx, t, k, "ballast", "--no-wait"); code != 0 {
+			t.Fatal(code)
+		}
+		until(ctx, t, "memory is sent", func() error {
+			for _, m := range migrations(ctx, t, k) {
+				if m.Spec.PodName == "ballast" && m.Status.Phase == v1alpha1.PhaseTransferring {
+					return nil
+				}
+			}
+			return errors.New("it is not yet")
+		})
+		if out, _, code := migrate(ctx, t, k, "ballast", "--cancel"); code != 0 || !strings.Contains(out, "cancelled") {
+			t.Errorf("%d, %s", code, out)
+		}
+		p, err := k.Pod(ctx, "ballast")
+		if err != nil || p.Status.Phase != v1.PodRunning || p.Status.ContainerStatuses[0].RestartCount != 0 {
+			t.Errorf("the pod is %v, %v", p, err)
+		}
+	})
+	t.Run("validation", func(t *testing.T) {
+		for text, spec := range map[string]map[string]any{
+			"not both":     {"podName": "redis-0", "targetNode": "node1", "nodeSelector": map[string]any{"a": "b"}},
+			"spec.podName": {"targetNode": "node1"},
+		} {
+			u := &unstructured.Unstructured{Object: map[string]any{"spec": spec}}
+			u.SetGroupVersionKind(v1alpha1.GroupVersion.WithKind("PodMigration"))
+			u.SetName("wrong")
+			_, err := k.Dynamic.Resource(migrationResource).Namespace(k.Namespace).Create(ctx, u, metav1.CreateOptions{})
+			if !apierrors.IsInvalid(err) || !strings.Contains(err.Error(), text) {
+				t.Errorf("%v: %v", spec, err)
+			}
+		}
+	})
+}
+
+// ballastPod has so much memory that sending it takes seconds.
+const ballastPod = `
+apiVersion: v1
+kind: Pod
+metadata: {name: ballast}
+spec:
+  nodeName: node1
+  containers:
+  - name: ballast
+    image: podmig.dev/ballast:v1
+    imagePullPolicy: Never
+    env: [{name: BALLAST_MB, value: "1500"}]
+    readinessProbe: {httpGet: {path: /check, port: 8080}, timeoutSeconds: 10}
+`
+
+const countingPod = `
+apiVersion: v1
+kind: Pod
+metadata: {name: %s, labels: {app: many}}
+spec:
+  nodeName: node1
+  containers:
+  - {name: counter, image: podmig.dev/counter:v1, imagePullPolicy: Never}
+`
+
+// Ten at once, two of which may run at a time.
+func TestMigrateMany(t *testing.T) {
+	ctx, k := begin(t, 5*time.Minute)
+	install(ctx, t)
+	const count, limit = 10, 2
+	for i := range count {
+		if err := k.Create(ctx, fmt.Sprintf(countingPod, fmt.Sprint("many-", i))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range count {
+		if _, err := k.WaitRunning(ctx, fmt.Sprint("many-", i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range count {
+		if _, _, code := migrate(ctx, t, k, fmt.Sprint("many-", i), "--no-wait"); code != 0 {
+			t.Fatal(code)
+		}
+	}
+	until(ctx, t, "all have moved", func() error {
+		left := 0
+		for _, m := range migrations(ctx, t, k) {
+			switch {
+			case m.Status.Phase == v1alpha1.PhaseSucceeded:
+			case m.Status.Phase.Over():
+				t.Fatalf("%s ended %s %s: %s", m.Name, m.Status.Phase, m.Status.Reason, m.Status.Message)
+			default:
+				left++
+			}
+		}
+		if left > 0 {
+			return fmt.Errorf("%d have not", left)
+		}
+		return nil
+	})
+	// When each began and ended, read from the record.
+	type change struct {
+		at time.Time
+		by int
+	}
+	var changes []change
+	for _, m := range migrations(ctx, t, k) {
+		for _, p := range m.Status.PhaseTransitions {
+			switch p.Phase {
+			case v1alpha1.PhaseScheduling:
+				changes = append(changes, change{p.Time.Time, 1})
+			case v1alpha1.PhaseSucceeded:
+				changes = append(changes, change{p.Time.Time, -1})
+			}
+		}
+	}
+	if len(changes) != 2*count {
+		t.Fatalf("%d of %d transitions are recorded", len(changes), 2*count)
+	}
+	for _, c := range changes {
+		running := 0
+		for _, d := range changes {
+			if !d.at.After(c.at) {
+				running += d.by
+			}
+		}
+		if running > limit {
+			t.Errorf("%d ran at %s", running, c.at)
+		}
+	}
+}
