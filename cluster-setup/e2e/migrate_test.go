@@ -235,7 +235,7 @@ spec:
   - {name: counter, image: podmig.dev/counter:v1, imagePullPolicy: Never}
 `
 
-// Ten at once, two of which may run at a time.
+// Ten at once, two of which may run at a time, with a controller that is killed meanwhile.
 func TestMigrateMany(t *testing.T) {
 	ctx, k := begin(t, 5*time.Minute)
 	install(ctx, t)
@@ -255,6 +255,7 @@ func TestMigrateMany(t *testing.T) {
 			t.Fatal(code)
 		}
 	}
+	killed := false
 	until(ctx, t, "all have moved", func() error {
 		left := 0
 		for _, m := range migrations(ctx, t, k) {
@@ -266,11 +267,24 @@ func TestMigrateMany(t *testing.T) {
 				left++
 			}
 		}
+		if left > 0 && left < count-2 && !killed {
+			killed = true
+			if _, err := k.Kubectl(ctx, "-n", "podmig-system", "delete", "pods", "--all", "--grace-period=0", "--force"); err != nil {
+				t.Fatal(err)
+			}
+		}
 		if left > 0 {
 			return fmt.Errorf("%d have not", left)
 		}
 		return nil
 	})
+	if !killed {
+		t.Error("the controller was not killed in the middle")
+	}
+	clones, err := k.Client.CoreV1().Pods(k.Namespace).List(ctx, metav1.ListOptions{LabelSelector: v1alpha1.LabelMigration})
+	if err != nil || len(clones.Items) != count {
+		t.Errorf("%d clones, %v", len(clones.Items), err)
+	}
 	// When each began and ended, read from the record.
 	type change struct {
 		at time.Time

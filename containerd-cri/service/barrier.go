@@ -32,7 +32,9 @@ type barrier struct {
 	mu      sync.Mutex
 	missing map[string]bool // by container ID
 	callers map[string]int  // by container ID
-	err     error
+	// lost: CRIU of one of them has ended too early.
+	lost bool
+	err  error
 	// passed is closed when the last container is there, or when err is set.
 	passed chan struct{}
 }
@@ -68,7 +70,7 @@ func (b *barrier) leave(id string) {
 }
 
 func (b *barrier) look() {
-	if len(b.missing) > 0 {
+	if len(b.missing) > 0 || b.lost {
 		return
 	}
 	for _, n := range b.callers {
@@ -77,6 +79,13 @@ func (b *barrier) look() {
 		}
 	}
 	b.end(nil)
+}
+
+// lose lets none of the containers run, and leaves it to the one that is lost to say why.
+func (b *barrier) lose() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.lost = true
 }
 
 // abort lets none of the containers run. After they were let go it has no effect.
@@ -204,6 +213,7 @@ func (g *gate) guard(criu int) {
 	if !exited(g.over, criu) {
 		return
 	}
+	g.b.lose()
 	select {
 	case <-g.over.Done():
 		return

@@ -469,6 +469,27 @@ func TestKilledCRIU(t *testing.T) {
 	}
 }
 
+// TestLost: a container that is lost after it arrived holds back those that come later.
+func TestLost(t *testing.T) {
+	b := newBarrier([]Container{{Container: runtime.Container{ID: "a"}}, {Container: runtime.Container{ID: "b"}}})
+	b.join("a")
+	b.join("b")
+	b.arrive("a")
+	b.lose()
+	b.arrive("b")
+	select {
+	case <-b.passed:
+		t.Fatal("they were let go")
+	default:
+	}
+	why := errors.New("a is lost")
+	b.abort(why)
+	<-b.passed
+	if !errors.Is(b.verdict(), why) {
+		t.Errorf("verdict %v", b.verdict())
+	}
+}
+
 // TestCollect: sessions that nobody connected to, or whose containers are gone, end
 // by themselves.
 
