@@ -117,9 +117,7 @@ func (w *world) nothingLeft(t *testing.T) {
 
 func TestMove(t *testing.T) {
 	w := newWorld(t)
-	w.running("source")
-	clone := w.put("clone", "b", "source")
-	w.atMostOne("source", "clone")
+	clone := w.pair()
 	a, b := w.nodes["a"], w.nodes["b"]
 
 	// While it is frozen nobody gets at the source.
@@ -294,9 +292,7 @@ func TestFailures(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
-			w.running("source")
-			clone := w.put("clone", "b", "source")
-			w.atMostOne("source", "clone")
+			clone := w.pair()
 			w.nodes[tt.node].runtime.Fail = failing(tt.method, codes.Internal)
 			if err := w.sync(t.Context(), clone); err == nil {
 				t.Error("the clone reports success")
@@ -315,9 +311,7 @@ func TestLostAnswers(t *testing.T) {
 		t.Run(string(verb), func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
-			w.running("source")
-			clone := w.put("clone", "b", "source")
-			w.atMostOne("source", "clone")
+			clone := w.pair()
 			lost := 0
 			w.cut = func(v wire.Verb) bool {
 				if v == verb && lost < 3 {
@@ -343,9 +337,7 @@ func TestCancelBeforeTheCommit(t *testing.T) {
 		t.Run(point, func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
-			w.running("source")
-			clone := w.put("clone", "b", "source")
-			w.atMostOne("source", "clone")
+			clone := w.pair()
 			ctx, cancel := context.WithCancel(t.Context())
 			w.nodes["b"].at(point, cancel)
 			_ = w.sync(ctx, clone)
@@ -368,9 +360,7 @@ func TestCancelByAnnotation(t *testing.T) {
 		t.Run(tt.point, func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
-			w.running("source")
-			clone := w.put("clone", "b", "source")
-			w.atMostOne("source", "clone")
+			clone := w.pair()
 			w.nodes["b"].at(tt.point, func() {
 				w.mu.Lock()
 				w.pods["clone"].Annotations = map[string]string{v1alpha1.AnnotationCancel: "true"}
@@ -410,9 +400,7 @@ func TestRestart(t *testing.T) {
 		t.Run(tt.node+" at "+tt.point, func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
-			w.running("source")
-			clone := w.put("clone", "b", "source")
-			w.atMostOne("source", "clone")
+			clone := w.pair()
 			err := w.crash(t, tt.node, tt.point, clone, func(*testNode) {})
 			if tt.moves {
 				if err != nil {

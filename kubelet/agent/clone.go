@@ -49,8 +49,8 @@ func (a *Agent) Takes(pod *v1.Pod) bool {
 // Sync takes the place of the runtime's SyncPod for a pod that Takes. It returns
 // when the clone runs, or with the reason why it never will, and does not return
 // before that unless the kubelet shuts down. When ctx ends, the migration is
-// cancelled, as when the pod gets the annotation that asks for it. create makes sandbox and containers of the pod it is given, without
-// starting them.
+// cancelled, as when the pod gets the annotation that asks for it. create makes
+// sandbox and containers of the pod it is given, without starting them.
 func (a *Agent) Sync(ctx context.Context, pod *v1.Pod, create func(*v1.Pod) error) error {
 	t, err := a.target(ctx, pod)
 	if err != nil {

@@ -71,9 +71,7 @@ func TestDraining(t *testing.T) {
 		t.Run(tt.node+" at "+tt.point, func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
-			w.running("source")
-			clone := w.put("clone", "b", "source")
-			w.atMostOne("source", "clone")
+			clone := w.pair()
 			err := w.crash(t, tt.node, tt.point, clone, func(n *testNode) { n.draining = true })
 			if tt.moves {
 				if err != nil {
@@ -111,9 +109,7 @@ func TestHiddenNodes(t *testing.T) {
 		t.Run(tt.node+" at "+tt.point, func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
-			w.running("source")
-			clone := w.put("clone", "b", "source")
-			w.atMostOne("source", "clone")
+			clone := w.pair()
 			if err := w.crash(t, tt.node, tt.point, clone, func(*testNode) { w.hidden.Store(true) }); err != nil {
 				t.Fatal(err)
 			}

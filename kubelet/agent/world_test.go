@@ -136,6 +136,15 @@ func (n *testNode) start() {
 	}
 }
 
+// pair makes a running source on node a and its clone on node b, of which at most one
+// may run from now on.
+func (w *world) pair() *v1.Pod {
+	w.running("source")
+	clone := w.put("clone", "b", "source")
+	w.atMostOne("source", "clone")
+	return clone
+}
+
 // crash lets a clone take over its source and the agent of a node go down at a point, as
 // in a crash. changed is called before it comes back. The error is that of the last
 // synchronisation of the clone.

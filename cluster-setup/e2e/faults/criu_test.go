@@ -179,7 +179,7 @@ func loseBinary(f *fault) error {
 }
 
 func killedDuringDump(line string) scenario {
-	install, during := killedCRIU(source, "c/*/mem/dump0/work/dump.log", line)
+	install, during := killedCRIU(source, filepath.Join("c", "*", "mem", "dump0", "work", "dump.log"), line)
 	return scenario{name: "CRIU killed in the dump at " + line, at: freezes, breaks: install, after: during, ends: source,
 		reasons: []string{"FreezeFailed", "StreamFailed", "VerifyFailed"}}
 }

@@ -34,7 +34,7 @@ func RemoveRestore(ctx context.Context, ociRoot, id, log string) error {
 			break
 		}
 		if stay := awaitEnd(ctx, pids, removeTimeout); len(stay) > 0 {
-			return fmt.Errorf("process %d of the OCI runtime still restores container %s", stay[0], id)
+			return fmt.Errorf("process %d of the OCI runtime still restores container %s: kill it if it hangs, the clean-up is tried again", stay[0], id)
 		}
 	}
 	state := filepath.Join(ociRoot, id)
