@@ -55,8 +55,9 @@ func look(ctx context.Context, node string) (map[string]int, error) {
 // clean waits until a node looks as it did before the first test.
 func clean(ctx context.Context, t *testing.T, node string) {
 	t.Helper()
-	var differs []string
+	var differs, first []string
 	var now map[string]int
+	begin := time.Now()
 	for ctx.Err() == nil {
 		var err error
 		if now, err = look(ctx, node); err != nil {
@@ -75,7 +76,13 @@ func clean(ctx context.Context, t *testing.T, node string) {
 			}
 		}
 		if len(differs) == 0 {
+			if took := time.Since(begin); took > limit/2 {
+				t.Logf("%s was clean only after %.0fs; there was at first:\n%s", node, took.Seconds(), strings.Join(first, "\n"))
+			}
 			return
+		}
+		if first == nil {
+			first = differs
 		}
 		// Nothing tells when the kubelet has forgotten a pod.
 		select {

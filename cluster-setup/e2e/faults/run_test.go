@@ -168,6 +168,11 @@ func (f *fault) later(undo func()) { f.undo = append(f.undo, undo) }
 // limit bounds one scenario.
 const limit = 40 * time.Second
 
+// sweep bounds the time until nothing is left of a scenario. What a kubelet that was
+// killed has stopped by half, a sandbox whose network is still there, its successor
+// finds in the collection of garbage that it does every minute.
+const sweep = limit + time.Minute
+
 func (s scenario) run(t *testing.T, l lane) {
 	began := time.Now()
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
@@ -365,7 +370,7 @@ func (f *fault) gone(pod string) error {
 
 // end puts back what the scenario changed, removes its pods and looks for leftovers.
 func (f *fault) end() {
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	ctx, cancel := context.WithTimeout(context.Background(), sweep)
 	defer cancel()
 	if f.Failed() {
 		f.tell(ctx)
