@@ -94,7 +94,8 @@ generate: deps ## Write the Go code of the CRI extension from its .proto, deep c
 		--go-grpc_out=$(CRI_API) --go-grpc_opt=paths=source_relative migration.proto
 	@[ -x .build/tools/controller-gen ] && .build/tools/controller-gen --version | grep -q ' $(lastword $(subst @, ,$(CONTROLLER_GEN)))$$' || \
 		GOBIN=$(CURDIR)/.build/tools go install $(CONTROLLER_GEN)
-	@.build/tools/controller-gen object crd paths=./kubelet/apis/... output:crd:dir=cluster-setup/manifests/crds
+	@.build/tools/controller-gen object crd:generateEmbeddedObjectMeta=true paths=./kubelet/apis/... output:crd:dir=cluster-setup/manifests/crds
+	@go run ./tools/cmd/crdtrim cluster-setup/manifests/crds/*.yaml
 
 generate-check: generate ## Fail if the committed code is not what its sources give
 	@git diff --exit-code --stat -I '^// .*protoc ' -- '$(CRI_API)/*.pb.go' kubelet/apis cluster-setup/manifests/crds || { echo "the generated code is stale: commit what make generate wrote"; exit 1; }

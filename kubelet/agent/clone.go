@@ -114,7 +114,7 @@ func (a *Agent) target(ctx context.Context, pod *v1.Pod) (*target, error) {
 		text := fmt.Sprintf("Source pod %q runs on node %s itself; place the clone on another node, for example with a node affinity.", source.Name, source.Spec.NodeName)
 		return nil, a.refuse(ctx, id, migration.ReasonTargetUnfit, text)
 	}
-	if fs := compare.Pods(source, pod); len(fs) > 0 {
+	if fs := compare.Pods(source, pod, time.Now()); len(fs) > 0 {
 		return nil, a.refuse(ctx, id, migration.ReasonSourceRefused, sentence(fs[0].String()))
 	}
 	if added := a.cfg.Node.AddedPrivileges(pod, source); len(added) > 0 {

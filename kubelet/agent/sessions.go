@@ -18,6 +18,7 @@ import (
 
 	cri "podmig.dev/podmig/cri-api/migration/v1alpha1"
 	"podmig.dev/podmig/kubelet/compare"
+	"podmig.dev/podmig/kubelet/deferral"
 	"podmig.dev/podmig/kubelet/migration"
 	"podmig.dev/podmig/kubelet/peer"
 	"podmig.dev/podmig/kubelet/wire"
@@ -108,7 +109,7 @@ func (a *Agent) Open(ctx context.Context, c peer.Call, r *wire.OpenRequest) (*wi
 	if !ok || string(pod.UID) != r.SourceUID {
 		return nil, wire.Errorf(wire.CodeUnknownPod, "pod %s/%s with UID %s is not on node %s", c.Namespace, c.Pod, r.SourceUID, a.cfg.Node.Name())
 	}
-	if err := comparison(compare.Pods(pod, clone)); err != nil {
+	if err := comparison(compare.Pods(pod, clone, time.Now())); err != nil {
 		return nil, err
 	}
 	if added := a.cfg.Node.AddedPrivileges(clone, pod); len(added) > 0 {
@@ -162,7 +163,7 @@ func (a *Agent) authorise(ctx context.Context, c peer.Call, r *wire.OpenRequest)
 		return nil, wire.Errorf(wire.CodeUnavailable, "read the clone pod: %v", err)
 	case string(clone.UID) != c.ID || a.cfg.Node.ClonePod(clone) != c.Pod || clone.Spec.NodeName != c.Caller.Node:
 		return nil, forbidden(c)
-	case clone.DeletionTimestamp != nil:
+	case clone.DeletionTimestamp != nil && !deferral.Waits(clone, time.Now()):
 		return nil, wire.Errorf(wire.CodeAborted, "clone pod %s is being deleted", clone.Name)
 	}
 	return clone, nil

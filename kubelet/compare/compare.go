@@ -10,9 +10,12 @@ package compare
 import (
 	"fmt"
 	"slices"
+	"time"
 
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
+
+	"podmig.dev/podmig/kubelet/deferral"
 )
 
 // Codes of findings. They are stable: clients and tests match on them.
@@ -48,10 +51,10 @@ type Finding struct {
 func (f Finding) String() string { return f.Message + "; " + f.Cure }
 
 // Pods returns why clone cannot take over the processes of source, nothing when
-// the objects allow it.
-func Pods(source, clone *v1.Pod) []Finding {
+// the objects allow it. The time tells whether a source that is being deleted still waits.
+func Pods(source, clone *v1.Pod, now time.Time) []Finding {
 	var fs []Finding
-	fs = append(fs, running(source)...)
+	fs = append(fs, running(source, now)...)
 	fs = append(fs, Movable(source)...)
 	fs = append(fs, podDiffers(source, clone)...)
 	fs = append(fs, containersDiffer(source, clone)...)
@@ -73,8 +76,8 @@ func Moving(spec *v1.PodSpec) []v1.Container {
 }
 
 // running finds what keeps the source from being a complete running pod.
-func running(source *v1.Pod) []Finding {
-	if source.DeletionTimestamp != nil {
+func running(source *v1.Pod, now time.Time) []Finding {
+	if source.DeletionTimestamp != nil && !deferral.Waits(source, now) {
 		return []Finding{{
 			Code:    CodeTerminating,
 			Message: fmt.Sprintf("source pod %q is being deleted", source.Name),

@@ -3,10 +3,13 @@ package compare
 import (
 	"slices"
 	"testing"
+	"time"
 
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"podmig.dev/podmig/kubelet/apis/migration/v1alpha1"
 )
 
 func source() *v1.Pod {
@@ -52,6 +55,8 @@ func clone() *v1.Pod {
 	return c
 }
 
+var now = time.Unix(1e9, 0)
+
 func TestPods(t *testing.T) {
 	tests := []struct {
 		name   string
@@ -66,6 +71,12 @@ func TestPods(t *testing.T) {
 		}},
 		{name: "init container that ran to its end may differ", change: func(s, c *v1.Pod) { c.Spec.InitContainers[0].Image = "setup:2" }},
 		{name: "deleted", change: func(s, c *v1.Pod) { s.DeletionTimestamp = &metav1.Time{} }, codes: []string{CodeTerminating}},
+		{name: "deleted, and waits to be moved", change: func(s, c *v1.Pod) {
+			s.DeletionTimestamp, s.Finalizers = &metav1.Time{Time: now}, []string{v1alpha1.FinalizerMigrate}
+		}},
+		{name: "deleted, and has waited long enough", change: func(s, c *v1.Pod) {
+			s.DeletionTimestamp, s.Finalizers = &metav1.Time{Time: now.Add(-time.Hour)}, []string{v1alpha1.FinalizerMigrate}
+		}, codes: []string{CodeTerminating}},
 		{name: "pending", change: func(s, c *v1.Pod) { s.Status.Phase = v1.PodPending }, codes: []string{CodeNotRunning}},
 		{name: "one container waits", change: func(s, c *v1.Pod) { s.Status.ContainerStatuses[0].State = v1.ContainerState{} }, codes: []string{CodeNotRunning}},
 		{name: "sidecar is down", change: func(s, c *v1.Pod) { s.Status.InitContainerStatuses[1].State = v1.ContainerState{} }, codes: []string{CodeNotRunning}},
@@ -130,7 +141,7 @@ func TestPods(t *testing.T) {
 			s, c := source(), clone()
 			tt.change(s, c)
 			var codes []string
-			for _, f := range Pods(s, c) {
+			for _, f := range Pods(s, c, now) {
 				codes = append(codes, f.Code)
 				if f.Message == "" || f.Cure == "" {
 					t.Errorf("%s has no message or no cure: %+v", f.Code, f)

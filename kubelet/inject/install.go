@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -24,6 +25,7 @@ import (
 	"k8s.io/component-base/metrics/legacyregistry"
 	"k8s.io/klog/v2"
 	"k8s.io/kubernetes/cmd/kubelet/app"
+	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
 	"k8s.io/kubernetes/pkg/features"
 	"k8s.io/kubernetes/pkg/kubelet"
 	kubeletconfig "k8s.io/kubernetes/pkg/kubelet/apis/config"
@@ -33,6 +35,7 @@ import (
 
 	cri "podmig.dev/podmig/cri-api/migration/v1alpha1"
 	"podmig.dev/podmig/kubelet/agent"
+	"podmig.dev/podmig/kubelet/deferral"
 	"podmig.dev/podmig/kubelet/guard"
 	"podmig.dev/podmig/kubelet/journal"
 	"podmig.dev/podmig/kubelet/migration"
@@ -212,6 +215,11 @@ func (i *injector) attach(ctx context.Context, kl *kubelet.Kubelet, identity *tl
 			}
 			return refuse(ctx, pod, known, sync)
 		}
+	} else {
+		podutil.DeletionDeferred = func(pod *v1.Pod) bool { return deferral.Waits(pod, time.Now()) }
+		kl.AddPodSyncLoopHandler(&deletions{
+			node: &node{kl}, terminating: kl.PodTerminationRequested, now: time.Now, told: make(map[types.UID]bool),
+		})
 	}
 	kubelet.RefuseKill = func(pod *v1.Pod) error { return i.agent.RefuseKill(string(pod.UID)) }
 	prober.ProbesSuspended = func(uid types.UID) bool { return i.agent.ProbesSuspended(string(uid)) }

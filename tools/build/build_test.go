@@ -56,15 +56,17 @@ func TestPlan(t *testing.T) {
 		t.Errorf("steps are %q", got)
 	}
 	for binary, want := range map[string]string{
-		"kubelet":         "./kubelet/cmd/kubelet",
-		"faults/kubelet":  "./kubelet/cmd/kubelet",
-		"containerd":      "github.com/containerd/containerd/v2/cmd/containerd",
-		"kube-apiserver":  "k8s.io/kubernetes/cmd/kube-apiserver",
-		"etcd":            "go.etcd.io/etcd/server/v3",
-		"cni/bridge":      "github.com/containernetworking/plugins/plugins/main/bridge",
-		"migration-bench": "./tools/cmd/migration-bench",
-		"counter":         "./cluster-setup/images/cmd/counter",
-		"coredns":         ".",
+		"kubelet":        "./kubelet/cmd/kubelet",
+		"faults/kubelet": "./kubelet/cmd/kubelet",
+		// Upstream's as long as there is none of ours.
+		"kube-controller-manager": "k8s.io/kubernetes/cmd/kube-controller-manager",
+		"containerd":              "github.com/containerd/containerd/v2/cmd/containerd",
+		"kube-apiserver":          "k8s.io/kubernetes/cmd/kube-apiserver",
+		"etcd":                    "go.etcd.io/etcd/server/v3",
+		"cni/bridge":              "github.com/containernetworking/plugins/plugins/main/bridge",
+		"migration-bench":         "./tools/cmd/migration-bench",
+		"counter":                 "./cluster-setup/images/cmd/counter",
+		"coredns":                 ".",
 	} {
 		if packages[binary] != want {
 			t.Errorf("%s is built from %q, want %q", binary, packages[binary], want)

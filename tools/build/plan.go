@@ -39,10 +39,10 @@ type versions struct {
 	text, time, revision string
 }
 
-// kubernetesPrograms and the two lists below are the unchanged programs of each upstream. The kubelet and containerd
-// are ours: their mains add our packages to upstream's commands.
+// kubernetesPrograms and the two lists below are the unchanged programs of each upstream. The others are ours: their
+// mains add our packages to upstream's commands.
 var (
-	kubernetesPrograms = []string{"kube-apiserver", "kube-controller-manager", "kube-proxy", "kube-scheduler", "kubectl"}
+	kubernetesPrograms = []string{"kube-apiserver", "kube-proxy", "kube-scheduler", "kubectl"}
 	containerdPrograms = []string{"containerd-shim-runc-v2", "ctr"}
 	cniPrograms        = []string{"ipam/host-local", "main/bridge", "main/loopback", "main/ptp", "meta/portmap"}
 )
@@ -50,11 +50,12 @@ var (
 // wrapped are the programs whose main is ours as soon as it exists.
 var wrapped = []struct{ name, ours, upstream string }{
 	{"kubelet", "kubelet/cmd/kubelet", "k8s.io/kubernetes/cmd/kubelet"},
+	{"kube-controller-manager", "kubelet/cmd/kube-controller-manager", "k8s.io/kubernetes/cmd/kube-controller-manager"},
 	{"containerd", "containerd-cri/cmd/containerd", "github.com/containerd/containerd/v2/cmd/containerd"},
 }
 
 // notInstalled are programs of ours that only make uses.
-var notInstalled = map[string]bool{"podmig-build": true, "patchq": true}
+var notInstalled = map[string]bool{"podmig-build": true, "patchq": true, "crdtrim": true}
 
 // plan lists the steps in the order in which they run.
 func plan(root string, v map[string]versions) ([]step, error) {
@@ -86,7 +87,7 @@ func plan(root string, v map[string]versions) ([]step, error) {
 			pkg = "./" + w.ours
 		}
 		done[w.ours] = true
-		if w.name == "kubelet" {
+		if strings.HasPrefix(w.upstream, "k8s.io/kubernetes/") {
 			kubernetes.add(pkg, w.name)
 		} else {
 			containerd.add(pkg, w.name)

@@ -22,6 +22,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/log"
 
 	"podmig.dev/podmig/kubelet/apis/migration/v1alpha1"
+	"podmig.dev/podmig/kubelet/deferral"
 	"podmig.dev/podmig/tools/clone"
 )
 
@@ -64,9 +65,28 @@ func (r *Migrations) SetupWithManager(mgr ctrl.Manager) error {
 		}
 		return out
 	})
+	// A source that was given away says so when its kubelet is done with it.
+	sources := handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []ctrl.Request {
+		if p, ok := o.(*corev1.Pod); !ok || p.Status.Reason != v1alpha1.ReasonMigrated || metav1.GetControllerOf(p) == nil {
+			return nil
+		}
+		var all v1alpha1.PodMigrationList
+		if err := r.List(ctx, &all, client.InNamespace(o.GetNamespace())); err != nil {
+			log.FromContext(ctx).Error(err, "Migrations cannot be listed")
+			return nil
+		}
+		var out []ctrl.Request
+		for i := range all.Items {
+			if m := &all.Items[i]; m.Status.SourcePodUID == o.GetUID() && m.Status.Phase == v1alpha1.PhaseSucceeded {
+				out = append(out, ctrl.Request{NamespacedName: client.ObjectKeyFromObject(m)})
+			}
+		}
+		return out
+	})
 	return ctrl.NewControllerManagedBy(mgr).
 		For(&v1alpha1.PodMigration{}).
 		Watches(&corev1.Pod{}, clones).
+		Watches(&corev1.Pod{}, sources).
 		Watches(&v1alpha1.PodMigration{}, waiting).
 		Complete(r)
 }
@@ -82,7 +102,7 @@ func (r *Migrations) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Resu
 		return ctrl.Result{}, client.IgnoreNotFound(err)
 	}
 	if m.Status.Phase.Over() {
-		return ctrl.Result{}, r.settle(ctx, m)
+		return r.settle(ctx, m)
 	}
 	if m.DeletionTimestamp.IsZero() && controllerutil.AddFinalizer(m, v1alpha1.FinalizerCancel) {
 		return ctrl.Result{}, r.Update(ctx, m)
@@ -104,7 +124,7 @@ func (r *Migrations) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Resu
 	}
 	if m.Status.Phase.Over() {
 		r.tell(m)
-		return ctrl.Result{}, r.settle(ctx, m)
+		return r.settle(ctx, m)
 	}
 	return ctrl.Result{RequeueAfter: wait}, nil
 }
@@ -141,7 +161,7 @@ func (r *Migrations) begin(ctx context.Context, m *v1alpha1.PodMigration) error 
 	if err != nil {
 		return err
 	}
-	if why := unfit(source, m); why != "" {
+	if why := r.unfit(source, m); why != "" {
 		end(m, v1alpha1.PhaseRefused, v1alpha1.MigrationUnfitPod, why)
 		return nil
 	}
@@ -161,8 +181,8 @@ func (r *Migrations) begin(ctx context.Context, m *v1alpha1.PodMigration) error 
 		return nil
 	}
 	m.Status.Phase, m.Status.Reason, m.Status.Message = v1alpha1.PhaseScheduling, "", ""
-	m.Status.ClonePodName = cloneName(source, m)
-	return nil
+	m.Status.ClonePodName, err = r.cloneName(ctx, source, m)
+	return err
 }
 
 // source reads the pod that moves, nil if there is none. It is not decoded, so that
@@ -188,11 +208,11 @@ func phaseOf(pod *unstructured.Unstructured) string {
 }
 
 // unfit says why a pod cannot be moved, as far as that is seen without its node.
-func unfit(source *unstructured.Unstructured, m *v1alpha1.PodMigration) string {
+func (r *Migrations) unfit(source *unstructured.Unstructured, m *v1alpha1.PodMigration) string {
 	if source == nil {
 		return fmt.Sprintf("There is no pod %q in namespace %q; name a running pod.", m.Spec.PodName, m.Namespace)
 	}
-	if source.GetDeletionTimestamp() != nil {
+	if source.GetDeletionTimestamp() != nil && !deferral.Waits(meta(source), r.Now()) {
 		return fmt.Sprintf("Pod %q is being deleted.", m.Spec.PodName)
 	}
 	if phase := phaseOf(source); phase != string(corev1.PodRunning) {
@@ -201,18 +221,33 @@ func unfit(source *unstructured.Unstructured, m *v1alpha1.PodMigration) string {
 	if node, _, _ := unstructured.NestedString(source.Object, "spec", "nodeName"); node == m.Spec.TargetNode {
 		return fmt.Sprintf("Pod %q is on node %s already; name another node, or none.", m.Spec.PodName, node)
 	}
-	if o := metav1.GetControllerOf(source); o != nil {
-		return fmt.Sprintf("Pod %q belongs to %s %s, which would replace it while it moves; only pods without a controller can be moved.", m.Spec.PodName, o.Kind, o.Name)
-	}
-	return ""
+	return immovable(m.Spec.PodName, metav1.GetControllerOf(source))
 }
 
-// cloneName is the same whenever it is asked for.
-func cloneName(source *unstructured.Unstructured, m *v1alpha1.PodMigration) string {
+// meta has the metadata of a pod that is not decoded, and nothing else.
+func meta(pod *unstructured.Unstructured) *corev1.Pod {
+	return &corev1.Pod{ObjectMeta: metav1.ObjectMeta{
+		Name: pod.GetName(), Annotations: pod.GetAnnotations(), Finalizers: pod.GetFinalizers(),
+		DeletionTimestamp: pod.GetDeletionTimestamp(), DeletionGracePeriodSeconds: pod.GetDeletionGracePeriodSeconds(),
+	}}
+}
+
+// cloneName is a name that no pod has.
+func (r *Migrations) cloneName(ctx context.Context, source *unstructured.Unstructured, m *v1alpha1.PodMigration) (string, error) {
+	if owner := metav1.GetControllerOf(source); kindOf(owner) == migratingPod {
+		siblings, err := children(ctx, r.Live, m.Namespace, owner)
+		if err != nil {
+			return "", err
+		}
+		var names []string
+		for _, p := range siblings {
+			names = append(names, p.Name)
+		}
+		return nextName(owner.Name, names...), nil
+	}
 	h := fnv.New64a()
 	h.Write([]byte(m.UID))
-	origin := originOf(source)
-	return fmt.Sprintf("%.240s-%s", origin, strconv.FormatUint(h.Sum64(), 36)[:6])
+	return fmt.Sprintf("%.240s-%s", originOf(source), strconv.FormatUint(h.Sum64(), 36)[:6]), nil
 }
 
 func originOf(source *unstructured.Unstructured) string {
@@ -234,7 +269,7 @@ func (r *Migrations) missing(ctx context.Context, m *v1alpha1.PodMigration) erro
 	case !m.DeletionTimestamp.IsZero():
 		end(m, v1alpha1.PhaseCancelled, v1alpha1.ReasonCancelled, "The migration was deleted before its clone existed.")
 	default:
-		if why := unfit(source, m); why != "" {
+		if why := r.unfit(source, m); why != "" {
 			end(m, v1alpha1.PhaseRefused, v1alpha1.MigrationUnfitPod, why)
 			return nil
 		}
@@ -288,7 +323,14 @@ func (r *Migrations) create(ctx context.Context, m *v1alpha1.PodMigration, sourc
 	}
 	delete(annotations, v1alpha1.AnnotationCancel)
 	annotations[v1alpha1.AnnotationOrigin], annotations[annotationMigration] = origin, m.Name
+	annotations[v1alpha1.AnnotationSource] = source.GetName()
 	c.SetAnnotations(annotations)
+	// Whoever owns the source owns the clone from the start: it would stay behind if the
+	// owner were deleted meanwhile.
+	c.SetOwnerReferences(source.GetOwnerReferences())
+	if slices.Contains(source.GetFinalizers(), v1alpha1.FinalizerMigrate) {
+		c.SetFinalizers([]string{v1alpha1.FinalizerMigrate})
+	}
 	for key, value := range m.Spec.NodeSelector {
 		if err := unstructured.SetNestedField(c.Object, value, "spec", "nodeSelector", key); err != nil {
 			return fmt.Errorf("node selector of the clone: %w", err)
@@ -420,12 +462,12 @@ func refusal(reason string) bool {
 	return slices.Contains([]string{
 		v1alpha1.ReasonMigrationDisabled, v1alpha1.ReasonTargetUnfit, v1alpha1.ReasonSourceRefused,
 		v1alpha1.ReasonSourceLost, v1alpha1.ReasonSourceUnreachable, v1alpha1.ReasonPrepareFailed,
-	}, reason) || !slices.Contains(ended, reason)
+	}, reason) || !slices.Contains(failures, reason)
 }
 
-// ended are the reasons of the condition Cloned for clones that have not taken over.
+// failures are the reasons of the condition Cloned for clones that have not taken over.
 // Others are a kubelet's or the scheduler's, from before the migration began.
-var ended = []string{
+var failures = []string{
 	v1alpha1.ReasonStreamFailed, v1alpha1.ReasonFreezeFailed, v1alpha1.ReasonVerifyFailed, v1alpha1.ReasonRestoreFailed,
 	v1alpha1.ReasonJournalFailed, v1alpha1.ReasonDeadlineExceeded, v1alpha1.ReasonCancelled, v1alpha1.ReasonKubeletRestarted,
 	v1alpha1.ReasonRuntimeRestarted, v1alpha1.ReasonOwnershipRevoked,
@@ -436,22 +478,63 @@ func end(m *v1alpha1.PodMigration, phase v1alpha1.Phase, reason, message string)
 	m.Status.Phase, m.Status.Reason, m.Status.Message = phase, reason, message
 }
 
-// settle removes what a migration that is over does not need any more.
-func (r *Migrations) settle(ctx context.Context, m *v1alpha1.PodMigration) error {
-	if m.Status.Phase != v1alpha1.PhaseSucceeded && m.Status.ClonePodUID != "" {
+// settle removes what a migration that is over does not need any more, the migration
+// itself at last.
+func (r *Migrations) settle(ctx context.Context, m *v1alpha1.PodMigration) (ctrl.Result, error) {
+	switch {
+	case m.Status.Phase == v1alpha1.PhaseSucceeded:
+		if err := r.removeSource(ctx, m); err != nil {
+			return ctrl.Result{}, err
+		}
+	case m.Status.ClonePodUID != "":
 		// It has failed for good and says why in our status.
 		p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: m.Namespace, Name: m.Status.ClonePodName}}
 		err := r.Delete(ctx, p, client.Preconditions{UID: &m.Status.ClonePodUID})
 		if client.IgnoreNotFound(err) != nil && !apierrors.IsConflict(err) {
-			return fmt.Errorf("delete the clone that failed: %w", err)
+			return ctrl.Result{}, fmt.Errorf("delete the clone that failed: %w", err)
 		}
 	}
-	if !controllerutil.ContainsFinalizer(m, v1alpha1.FinalizerCancel) {
+	if controllerutil.ContainsFinalizer(m, v1alpha1.FinalizerCancel) {
+		before := m.DeepCopy()
+		controllerutil.RemoveFinalizer(m, v1alpha1.FinalizerCancel)
+		if err := r.Patch(ctx, m, client.MergeFrom(before)); err != nil {
+			return ctrl.Result{}, client.IgnoreNotFound(err)
+		}
+	}
+	if m.Spec.TTLSecondsAfterFinished == nil || !m.DeletionTimestamp.IsZero() {
+		return ctrl.Result{}, nil
+	}
+	left := ended(m).Add(time.Duration(*m.Spec.TTLSecondsAfterFinished) * time.Second).Sub(r.Now())
+	if left > 0 {
+		return ctrl.Result{RequeueAfter: left}, nil
+	}
+	return ctrl.Result{}, client.IgnoreNotFound(r.Delete(ctx, m, client.Preconditions{UID: &m.UID}))
+}
+
+// ended is when a migration that is over ended.
+func ended(m *v1alpha1.PodMigration) time.Time {
+	if n := len(m.Status.PhaseTransitions); n > 0 {
+		return m.Status.PhaseTransitions[n-1].Time.Time
+	}
+	return m.CreationTimestamp.Time
+}
+
+// removeSource deletes a source that was given away and that has a controller: there it
+// would stand as a replica that failed. One without stays as a record.
+func (r *Migrations) removeSource(ctx context.Context, m *v1alpha1.PodMigration) error {
+	source, err := r.source(ctx, m)
+	if err != nil || source == nil || source.GetDeletionTimestamp() != nil || metav1.GetControllerOf(source) == nil {
+		return err
+	}
+	if phaseOf(source) != string(corev1.PodFailed) {
+		// Its kubelet is not done with it and will say so.
 		return nil
 	}
-	before := m.DeepCopy()
-	controllerutil.RemoveFinalizer(m, v1alpha1.FinalizerCancel)
-	return client.IgnoreNotFound(r.Patch(ctx, m, client.MergeFrom(before)))
+	err = r.Delete(ctx, source, client.Preconditions{UID: &m.Status.SourcePodUID})
+	if client.IgnoreNotFound(err) != nil && !apierrors.IsConflict(err) {
+		return fmt.Errorf("delete the source that was given away: %w", err)
+	}
+	return nil
 }
 
 // tell makes an event of the end.

@@ -66,8 +66,8 @@ var Imports = []Rule{
 		Deny: []string{kubernetes, containerd}, Why: "fake and conformance suite serve any implementation",
 	},
 	{
-		Packages: "kubelet/apis/...", Own: []string{"kubelet/apis/..."}, External: []string{"k8s.io/apimachinery"},
-		Why: "API types are imported by everybody, so they import only apimachinery",
+		Packages: "kubelet/apis/...", Own: []string{"kubelet/apis/..."}, External: []string{"k8s.io/apimachinery", "k8s.io/api"},
+		Why: "API types are imported by everybody, so they import only apimachinery and Kubernetes' own types",
 	},
 	{
 		Packages: "kubelet/migration", Own: none, External: none,
@@ -91,7 +91,11 @@ var Imports = []Rule{
 		Why: "the journal stores the engine's records on disk and knows no cluster",
 	},
 	{
-		Packages: "kubelet/compare", Own: none, Deny: []string{kubernetes, containerd},
+		Packages: "kubelet/deferral", Own: []string{"kubelet/apis/..."}, External: []string{"k8s.io/api"},
+		Why: "kubelet, controller manager and controller agree about pods through it, so it is pure",
+	},
+	{
+		Packages: "kubelet/compare", Own: []string{"kubelet/deferral"}, Deny: []string{kubernetes, containerd},
 		Why: "comparing two pods is a pure function of two pods",
 	},
 	{
@@ -99,13 +103,21 @@ var Imports = []Rule{
 		Why: "the agent carries out effects over interfaces; a Kubernetes rebase must not touch it",
 	},
 	{
-		Packages: "kubelet/...", Except: []string{"kubelet/inject", "kubelet/cmd/..."},
+		Packages: "kubelet/...", Except: []string{"kubelet/inject", "kubelet/manager", "kubelet/cmd/..."},
 		Deny: []string{kubernetes, containerd, nodeRuntime, Module + "/tools", Module + "/cluster-setup"},
-		Why:  "only kubelet/inject and the kubelet's main import k8s.io/kubernetes",
+		Why:  "only kubelet/inject, kubelet/manager and the mains import k8s.io/kubernetes",
 	},
 	{
 		Packages: "kubelet/inject", Deny: []string{containerd, nodeRuntime, Module + "/tools", Module + "/cluster-setup"},
 		Why: "the two sides of a node meet only in cri-api",
+	},
+	{
+		Packages: "kubelet/manager", Own: []string{"kubelet/deferral", "kubelet/apis/..."},
+		Why: "the controller manager needs to know which pods wait, and nothing of how they move",
+	},
+	{
+		Packages: "kubelet/cmd/kube-controller-manager", Own: []string{"kubelet/manager"},
+		Why: "the main is upstream's few lines plus one",
 	},
 	{
 		Packages: "kubelet/cmd/kubelet", Own: []string{"kubelet/inject"},

@@ -1,5 +1,5 @@
-// Command podmig-controller moves pods as PodMigration objects ask for. It runs in the
-// cluster; cluster-setup/manifests/controller.yaml installs it.
+// Command podmig-controller moves pods as PodMigration objects ask for, keeps the pods of
+// MigratingPod objects running, and moves pods that are deleted and wait. It runs in the cluster; cluster-setup/manifests/controller.yaml installs it.
 package main
 
 import (
@@ -10,9 +10,7 @@ import (
 	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/selection"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/klog/v2"
 	ctrl "sigs.k8s.io/controller-runtime"
@@ -74,10 +72,6 @@ func (o options) run() error {
 		return err
 	}
 	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
-	ours, err := labels.NewRequirement(v1alpha1.LabelMigration, selection.Exists, nil)
-	if err != nil {
-		return err
-	}
 	mgr, err := ctrl.NewManager(cfg, ctrl.Options{
 		Scheme:                        scheme,
 		Metrics:                       server.Options{BindAddress: o.metrics},
@@ -86,8 +80,7 @@ func (o options) run() error {
 		LeaderElectionID:              "podmig-controller",
 		LeaderElectionNamespace:       o.namespace,
 		LeaderElectionReleaseOnCancel: true,
-		// Only clones are watched, not every pod of the cluster.
-		Cache: cache.Options{ByObject: map[client.Object]cache.ByObject{&corev1.Pod{}: {Label: labels.NewSelector().Add(*ours)}}},
+		Cache:                         cache.Options{ByObject: map[client.Object]cache.ByObject{&corev1.Pod{}: {Transform: slim}}},
 	})
 	if err != nil {
 		return fmt.Errorf("set up the manager: %w", err)
@@ -97,12 +90,27 @@ func (o options) run() error {
 			return err
 		}
 	}
-	r := &controller.Migrations{
-		Client: mgr.GetClient(), Live: mgr.GetAPIReader(), Recorder: mgr.GetEventRecorder("podmig-controller"),
-		Limits: o.limits, Now: time.Now,
-	}
-	if err := r.SetupWithManager(mgr); err != nil {
-		return fmt.Errorf("set up the controller: %w", err)
+	recorder := mgr.GetEventRecorder("podmig-controller")
+	for _, c := range []interface{ SetupWithManager(ctrl.Manager) error }{
+		&controller.Migrations{Client: mgr.GetClient(), Live: mgr.GetAPIReader(), Recorder: recorder, Limits: o.limits, Now: time.Now},
+		&controller.Deletions{Client: mgr.GetClient(), Live: mgr.GetAPIReader(), Recorder: recorder, Now: time.Now},
+		&controller.MigratingPods{Client: mgr.GetClient(), Live: mgr.GetAPIReader(), Recorder: recorder, Now: time.Now},
+	} {
+		if err := c.SetupWithManager(mgr); err != nil {
+			return fmt.Errorf("set up the controllers: %w", err)
+		}
 	}
 	return mgr.Start(ctrl.SetupSignalHandler())
+}
+
+// slim keeps of a pod what decides whether somebody looks at it. Every pod of the cluster is
+// watched, since finalizers cannot be selected; what decisions depend on is read live.
+func slim(o any) (any, error) {
+	p, ok := o.(*corev1.Pod)
+	if !ok {
+		return o, nil
+	}
+	p.ManagedFields, p.Spec = nil, corev1.PodSpec{NodeName: p.Spec.NodeName}
+	p.Status = corev1.PodStatus{Phase: p.Status.Phase, Reason: p.Status.Reason, Conditions: p.Status.Conditions}
+	return p, nil
 }

@@ -57,6 +57,10 @@ type PodMigrationSpec struct {
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=86400
 	TimeoutSeconds int32 `json:"timeoutSeconds,omitempty"`
+	// TTLSecondsAfterFinished is when a migration that is over is deleted; without it, it stays.
+	// +optional
+	// +kubebuilder:validation:Minimum=0
+	TTLSecondsAfterFinished *int32 `json:"ttlSecondsAfterFinished,omitempty"`
 	// Priority orders those that wait because of a limit, highest first.
 	// +optional
 	// +kubebuilder:validation:Minimum=-1000
@@ -155,6 +159,13 @@ const LabelMigration = "podmig.dev/migration"
 // AnnotationOrigin is on such clones, with the name of the pod that was moved first: the
 // names of clones are made from it, however often they move.
 const AnnotationOrigin = "podmig.dev/origin"
+
+// AnnotationSource is on such clones, with the name of the pod that they take over.
+const AnnotationSource = "podmig.dev/source"
+
+// LabelSourceUID is on migrations that were made because a pod is being deleted, with that
+// pod's UID.
+const LabelSourceUID = "podmig.dev/source-uid"
 
 // AnnotationCancel, set on a clone with any value, asks its kubelet to give up the
 // migration. Before the source is given away the kubelet does, and the source runs on;

@@ -11,7 +11,7 @@ var GroupVersion = schema.GroupVersion{Group: "podmig.dev", Version: "v1alpha1"}
 
 // AddToScheme makes the types known to a scheme.
 func AddToScheme(s *runtime.Scheme) error {
-	s.AddKnownTypes(GroupVersion, &PodMigration{}, &PodMigrationList{})
+	s.AddKnownTypes(GroupVersion, &PodMigration{}, &PodMigrationList{}, &MigratingPod{}, &MigratingPodList{})
 	metav1.AddToGroupVersion(s, GroupVersion)
 	return nil
 }
