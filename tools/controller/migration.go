@@ -336,7 +336,16 @@ func (r *Migrations) create(ctx context.Context, m *v1alpha1.PodMigration, sourc
 			return fmt.Errorf("node selector of the clone: %w", err)
 		}
 	}
-	err = r.Create(ctx, c)
+	// An API server with the feature gate off drops the field, and what it created would
+	// start like any other pod, beside the first.
+	trial := c.DeepCopy()
+	if err = r.Create(ctx, trial, client.DryRunAll); err == nil {
+		if name, _, _ := unstructured.NestedString(trial.Object, "spec", "clonePod"); name != source.GetName() {
+			end(m, v1alpha1.PhaseRefused, v1alpha1.ReasonMigrationDisabled, "The API server drops spec.clonePod; switch on the feature gate PodMigration there.")
+			return nil
+		}
+		err = r.Create(ctx, c)
+	}
 	switch {
 	case apierrors.IsForbidden(err), apierrors.IsInvalid(err), apierrors.IsBadRequest(err):
 		end(m, v1alpha1.PhaseRefused, v1alpha1.MigrationCloneRefused, fmt.Sprintf("The API server refuses the clone: %s.", err))

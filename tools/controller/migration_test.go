@@ -33,6 +33,8 @@ type world struct {
 	created []*unstructured.Unstructured
 	// refuses is what the API server says to a clone.
 	refuses error
+	// drops is an API server whose feature gate is off.
+	drops bool
 }
 
 const ns = "default"
@@ -51,6 +53,13 @@ func newWorld(t *testing.T, objects ...client.Object) *world {
 			if u, ok := o.(*unstructured.Unstructured); ok {
 				if w.refuses != nil {
 					return w.refuses
+				}
+				if w.drops {
+					unstructured.RemoveNestedField(u.Object, "spec", "clonePod")
+				}
+				var options client.CreateOptions
+				if options.ApplyOptions(opts); len(options.DryRun) > 0 {
+					return nil
 				}
 				w.created = append(w.created, u.DeepCopy())
 				u.SetUID("uid-of-clone")
@@ -202,6 +211,7 @@ func TestRefused(t *testing.T) {
 			yes := true
 			p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "StatefulSet", Name: "db", UID: "1", Controller: &yes}}
 		}, "UnfitPod", "belongs to StatefulSet db"},
+		{"gate off", func(w *world, _ *corev1.Pod, _ *v1alpha1.PodMigration) { w.drops = true }, "MigrationDisabled", "drops spec.clonePod"},
 		{"forbidden", func(w *world, _ *corev1.Pod, _ *v1alpha1.PodMigration) { w.refuses = forbidden }, "CloneRefused", "nobody may clone this"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -209,7 +219,7 @@ func TestRefused(t *testing.T) {
 			hold := &world{}
 			tt.change(hold, p, m)
 			w := newWorld(t, p, m)
-			w.refuses = hold.refuses
+			w.refuses, w.drops = hold.refuses, hold.drops
 			m = w.reconcile("move")
 			if m.Status.Phase != v1alpha1.PhaseRefused || m.Status.Reason != tt.reason || !strings.Contains(m.Status.Message, tt.text) {
 				t.Errorf("it ended %s %s %q", m.Status.Phase, m.Status.Reason, m.Status.Message)
