@@ -111,12 +111,21 @@ func begin(t *testing.T, limit time.Duration) (context.Context, *kit.Kit) {
 		if t.Failed() {
 			dump(ctx, t, k)
 		}
+		// What would make pods again goes first, and the controller is gone: nobody moves them.
+		if _, err := k.Kubectl(ctx, "delete", "deployments", "--all"); err != nil {
+			t.Error(err)
+		}
 		pods, err := k.Client.CoreV1().Pods(k.Namespace).List(ctx, metav1.ListOptions{})
 		if err != nil {
 			t.Error(err)
 			return
 		}
 		for _, p := range pods.Items {
+			if len(p.Finalizers) > 0 {
+				if err := release(ctx, k, p.Name); err != nil {
+					t.Error(err)
+				}
+			}
 			if err := k.Delete(ctx, p.Name); err != nil {
 				t.Error(err)
 			}

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"testing"
 	"time"
@@ -33,13 +34,15 @@ func install(ctx context.Context, t *testing.T) {
 	if err := admin.Cluster.Apply(ctx, definitions); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := admin.Kubectl(ctx, "wait", "--for=condition=Established", "--timeout=30s", "crd/podmigrations.podmig.dev"); err != nil {
-		t.Fatal(err)
-	}
+	// kubectl wait takes a definition that has no conditions yet for an error.
+	until(ctx, t, "the objects are known", func() error {
+		_, err := admin.Kubectl(ctx, "get", "podmigrations,migratingpods")
+		return err
+	})
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
-		for _, args := range [][]string{{"delete", "--ignore-not-found", "namespace", "podmig-system"}, {"delete", "crd", "podmigrations.podmig.dev"}} {
+		for _, args := range [][]string{{"delete", "--ignore-not-found", "namespace", "podmig-system"}, {"delete", "crd", "podmigrations.podmig.dev", "migratingpods.podmig.dev"}} {
 			if _, err := admin.Kubectl(ctx, args...); err != nil {
 				t.Error(err)
 			}
@@ -52,6 +55,18 @@ func install(ctx context.Context, t *testing.T) {
 		text, _ := admin.Kubectl(ctx, "-n", "podmig-system", "get", "pods,events", "-o", "wide")
 		log, _ := admin.Kubectl(ctx, "-n", "podmig-system", "logs", "deployment/podmig-controller")
 		t.Fatalf("%v\n%s\n%s", err, text, log)
+	}
+}
+
+// apply makes objects in the namespace of the test.
+func apply(ctx context.Context, t *testing.T, k *kit.Kit, text string) {
+	t.Helper()
+	var errs bytes.Buffer
+	err := k.Cluster.Kubectl(ctx, supervisor.Command{
+		Args: []string{"-n", k.Namespace, "apply", "-f", "-"}, Stdin: strings.NewReader(text), Stdout: io.Discard, Stderr: &errs,
+	})
+	if err != nil {
+		t.Fatalf("%v: %s", err, errs.String())
 	}
 }
 

@@ -77,21 +77,23 @@ func Ended(pod *v1.Pod) bool {
 // Replicas sorts the pods of one owner into those that count and the others. Of a source
 // and its clone just one counts at any time: the source as long as it is there, the
 // clone from the moment on in which it says that it has taken over, whatever is known of
-// the source by then. Pods that have ended or are ending do not count. clonePod is the name
-// of the pod that a pod takes over, empty for one that is no clone.
+// the source by then. Pods that have ended or are ending do not count; while a source ends that
+// has not been given away its clone does not either, since it cannot take over any more. clonePod
+// is the name of the pod that a pod takes over, empty for one that is no clone.
 func Replicas(pods []*v1.Pod, clonePod func(*v1.Pod) string, now time.Time) (counted, others []*v1.Pod) {
 	takenOver := map[string]bool{}
-	alive := map[string]bool{}
+	there := map[string]bool{}
 	for _, p := range pods {
-		alive[p.Name] = !Ended(p) && (p.DeletionTimestamp == nil || Waits(p, now))
+		there[p.Name] = !Ended(p)
 		if s := clonePod(p); s != "" && Cloned(p) {
 			takenOver[s] = true
 		}
 	}
 	for _, p := range pods {
 		source := clonePod(p)
-		waits := source != "" && !Cloned(p) && (alive[source] || takenOver[source])
-		if alive[p.Name] && !takenOver[p.Name] && !waits {
+		waits := source != "" && !Cloned(p) && (there[source] || takenOver[source])
+		ends := Ended(p) || p.DeletionTimestamp != nil && !Waits(p, now)
+		if !ends && !takenOver[p.Name] && !waits {
 			counted = append(counted, p)
 		} else {
 			others = append(others, p)
