@@ -342,7 +342,9 @@ func (o *observed) pod(kind watch.EventType, p *v1.Pod) {
 	counted, _ := deferral.Replicas(all, func(p *v1.Pod) string { return p.Spec.ClonePod }, time.Now())
 	// A clone whose source the rollout has deleted counts until it has failed, and has no processes.
 	counted = slices.DeleteFunc(counted, func(p *v1.Pod) bool {
-		return p.Spec.ClonePod != "" && p.Status.Phase == v1.PodPending && o.pods[p.Spec.ClonePod] == nil
+		source := o.pods[p.Spec.ClonePod]
+		return p.Spec.ClonePod != "" && p.Status.Phase == v1.PodPending &&
+			(source == nil || deferral.Ended(source) && source.Status.Reason != v1alpha1.ReasonMigrated)
 	})
 	if !o.counts[len(counted)] {
 		o.counts[len(counted)] = true
