@@ -6,6 +6,7 @@ import (
 	"hash/fnv"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -56,17 +57,20 @@ func (r *Deletions) SetupWithManager(mgr ctrl.Manager) error {
 	waiting := predicate.NewPredicateFuncs(func(o client.Object) bool {
 		return o.GetDeletionTimestamp() != nil && controllerutil.ContainsFinalizer(o, v1alpha1.FinalizerMigrate)
 	})
-	migrations := handler.EnqueueRequestsFromMapFunc(func(_ context.Context, o client.Object) []ctrl.Request {
-		m, ok := o.(*v1alpha1.PodMigration)
-		if !ok || m.Labels[v1alpha1.LabelSourceUID] == "" {
-			return nil
-		}
-		return []ctrl.Request{{NamespacedName: client.ObjectKey{Namespace: m.Namespace, Name: m.Spec.PodName}}}
-	})
 	return ctrl.NewControllerManagedBy(mgr).Named("deletion").
 		For(&corev1.Pod{}, builder.WithPredicates(waiting)).
-		Watches(&v1alpha1.PodMigration{}, migrations).
+		Watches(&v1alpha1.PodMigration{}, handler.EnqueueRequestsFromMapFunc(movedBy)).
 		Complete(r)
+}
+
+// movedBy is the pod that a migration moves, whoever has ordered it: if it fails, it is our
+// turn.
+func movedBy(_ context.Context, o client.Object) []ctrl.Request {
+	m, ok := o.(*v1alpha1.PodMigration)
+	if !ok {
+		return nil
+	}
+	return []ctrl.Request{{NamespacedName: client.ObjectKey{Namespace: m.Namespace, Name: m.Spec.PodName}}}
 }
 
 // Reconcile looks at one pod.
@@ -169,6 +173,9 @@ func next(p *corev1.Pod, all []v1alpha1.PodMigration, now time.Time) (wait time.
 			continue
 		}
 		failures++
+		// Those before it may have been deleted meanwhile.
+		n, _ := strconv.Atoi(m.Name[strings.LastIndexByte(m.Name, '-')+1:])
+		number = max(number, n+1)
 		if last == nil || ended(m).After(ended(last)) {
 			last = m
 		}
@@ -179,7 +186,7 @@ func next(p *corev1.Pod, all []v1alpha1.PodMigration, now time.Time) (wait time.
 	if last == nil {
 		return 0, 0, ""
 	}
-	return max(0, ended(last).Add(firstBackoff<<(failures-1)).Sub(now)), failures, ""
+	return max(0, ended(last).Add(firstBackoff<<(failures-1)).Sub(now)), number, ""
 }
 
 // move orders a migration.
