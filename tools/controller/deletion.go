@@ -95,7 +95,7 @@ func (r *Deletions) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Resul
 		return ctrl.Result{}, r.release(ctx, p, reason, why)
 	}
 	left := deferral.Deadline(p).Sub(now)
-	if clone := source(p) != "" && !deferral.Cloned(p); clone {
+	if arriving(p) {
 		// It moves already, as somebody's clone. The end of that is an event.
 		return ctrl.Result{RequeueAfter: left}, nil
 	}

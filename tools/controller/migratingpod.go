@@ -111,7 +111,7 @@ func (r *MigratingPods) step(ctx context.Context, mp *v1alpha1.MigratingPod) err
 	clone := slices.ContainsFunc(others, func(p *corev1.Pod) bool { return source(p) == active.Name && !deferral.Ended(p) })
 	s.Message = ""
 	switch {
-	case clone, source(active) != "" && !deferral.Cloned(active):
+	case clone, arriving(active):
 		s.State = v1alpha1.StateMigrating
 	case active.DeletionTimestamp != nil:
 		s.State = v1alpha1.StateMigrationPending
