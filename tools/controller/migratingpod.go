@@ -103,8 +103,14 @@ func (r *MigratingPods) step(ctx context.Context, mp *v1alpha1.MigratingPod) err
 		return nil
 	}
 	active := counted[0]
-	if s.ActivePod != "" && s.ActivePod != active.Name && source(active) == s.ActivePod {
-		s.Moves++
+	if s.ActivePod != active.Name {
+		switch source(active) {
+		case "":
+			// It was started, and that could not be written down.
+			r.started(mp, active, others)
+		case s.ActivePod:
+			s.Moves++
+		}
 	}
 	s.ActivePod, s.NodeName = active.Name, active.Spec.NodeName
 	setReady(mp, active)
@@ -175,9 +181,16 @@ func (r *MigratingPods) start(ctx context.Context, mp *v1alpha1.MigratingPod, en
 	case err != nil:
 		return fmt.Errorf("make pod %s: %w", p.Name, err)
 	}
+	r.started(mp, p, ended)
+	s.State, s.ActivePod, s.NodeName, s.Message = v1alpha1.StateCreating, p.Name, "", ""
+	return nil
+}
+
+// started tells that a pod was made from the template: the first one, or one without the
+// state of the last.
+func (r *MigratingPods) started(mp *v1alpha1.MigratingPod, p *corev1.Pod, ended []*corev1.Pod) {
 	cold := metav1.Condition{Type: v1alpha1.ConditionColdStarted, Status: metav1.ConditionFalse, Reason: "FirstStart", Message: "No pod has ended without another one taking over.", ObservedGeneration: mp.Generation}
-	if s.ActivePod != "" {
-		last := s.ActivePod
+	if last := mp.Status.ActivePod; last != "" {
 		cold.Status, cold.Reason = metav1.ConditionTrue, "PodDeleted"
 		cold.Message = fmt.Sprintf("Pod %s was deleted without having moved; %s was started from the template, without its state.", last, p.Name)
 		if i := slices.IndexFunc(ended, func(p *corev1.Pod) bool { return p.Name == last }); i >= 0 {
@@ -187,9 +200,7 @@ func (r *MigratingPods) start(ctx context.Context, mp *v1alpha1.MigratingPod, en
 		}
 		r.Recorder.Eventf(mp, p, corev1.EventTypeWarning, v1alpha1.ConditionColdStarted, "Start", "%s", cold.Message)
 	}
-	apimeta.SetStatusCondition(&s.Conditions, cold)
-	s.State, s.ActivePod, s.NodeName, s.Message = v1alpha1.StateCreating, p.Name, "", ""
-	return nil
+	apimeta.SetStatusCondition(&mp.Status.Conditions, cold)
 }
 
 // reasonWord is a pod's reason if it can be that of a condition.
