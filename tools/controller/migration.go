@@ -481,9 +481,11 @@ func end(m *v1alpha1.PodMigration, phase v1alpha1.Phase, reason, message string)
 // settle removes what a migration that is over does not need any more, the migration
 // itself at last.
 func (r *Migrations) settle(ctx context.Context, m *v1alpha1.PodMigration) (ctrl.Result, error) {
+	unfinished := false
 	switch {
 	case m.Status.Phase == v1alpha1.PhaseSucceeded:
-		if err := r.removeSource(ctx, m); err != nil {
+		var err error
+		if unfinished, err = r.removeSource(ctx, m); err != nil {
 			return ctrl.Result{}, err
 		}
 	case m.Status.ClonePodUID != "":
@@ -508,6 +510,9 @@ func (r *Migrations) settle(ctx context.Context, m *v1alpha1.PodMigration) (ctrl
 	if left > 0 {
 		return ctrl.Result{RequeueAfter: left}, nil
 	}
+	if unfinished {
+		return ctrl.Result{RequeueAfter: 10 * time.Second}, nil
+	}
 	return ctrl.Result{}, client.IgnoreNotFound(r.Delete(ctx, m, client.Preconditions{UID: &m.UID}))
 }
 
@@ -520,21 +525,21 @@ func ended(m *v1alpha1.PodMigration) time.Time {
 }
 
 // removeSource deletes a source that was given away and that has a controller: there it
-// would stand as a replica that failed. One without stays as a record.
-func (r *Migrations) removeSource(ctx context.Context, m *v1alpha1.PodMigration) error {
+// would stand as a replica that failed. One without stays as a record. It is unfinished
+// as long as the source's kubelet is not done with it.
+func (r *Migrations) removeSource(ctx context.Context, m *v1alpha1.PodMigration) (unfinished bool, err error) {
 	source, err := r.source(ctx, m)
 	if err != nil || source == nil || source.GetDeletionTimestamp() != nil || metav1.GetControllerOf(source) == nil {
-		return err
+		return false, err
 	}
 	if phaseOf(source) != string(corev1.PodFailed) {
-		// Its kubelet is not done with it and will say so.
-		return nil
+		return true, nil
 	}
 	err = r.Delete(ctx, source, client.Preconditions{UID: &m.Status.SourcePodUID})
 	if client.IgnoreNotFound(err) != nil && !apierrors.IsConflict(err) {
-		return fmt.Errorf("delete the source that was given away: %w", err)
+		return false, fmt.Errorf("delete the source that was given away: %w", err)
 	}
-	return nil
+	return false, nil
 }
 
 // tell makes an event of the end.
