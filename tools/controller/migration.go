@@ -235,13 +235,14 @@ func meta(pod *unstructured.Unstructured) *corev1.Pod {
 // cloneName is a name that no pod has.
 func (r *Migrations) cloneName(ctx context.Context, source *unstructured.Unstructured, m *v1alpha1.PodMigration) (string, error) {
 	if owner := metav1.GetControllerOf(source); kindOf(owner) == migratingPod {
-		siblings, err := children(ctx, r.Live, m.Namespace, owner)
-		if err != nil {
-			return "", err
+		var all corev1.PodList
+		if err := r.Live.List(ctx, &all, client.InNamespace(m.Namespace)); err != nil {
+			return "", fmt.Errorf("list the pods of namespace %s: %w", m.Namespace, err)
 		}
+		// Also pods of others may have such names.
 		var names []string
-		for _, p := range siblings {
-			names = append(names, p.Name)
+		for i := range all.Items {
+			names = append(names, all.Items[i].Name)
 		}
 		return nextName(owner.Name, names...), nil
 	}
