@@ -6,6 +6,7 @@ import (
 	"hash/fnv"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -40,6 +41,8 @@ const (
 	maxAttempts = 6
 	// firstBackoff is how long it waits after the first failure; each time twice as long.
 	firstBackoff = 2 * time.Second
+	// lookAgain is how often a pod that waits is looked at although nothing happens.
+	lookAgain = 10 * time.Second
 	// historySeconds is how long the migrations that it makes are kept.
 	historySeconds = 3600
 )
@@ -56,17 +59,20 @@ func (r *Deletions) SetupWithManager(mgr ctrl.Manager) error {
 	waiting := predicate.NewPredicateFuncs(func(o client.Object) bool {
 		return o.GetDeletionTimestamp() != nil && controllerutil.ContainsFinalizer(o, v1alpha1.FinalizerMigrate)
 	})
-	migrations := handler.EnqueueRequestsFromMapFunc(func(_ context.Context, o client.Object) []ctrl.Request {
-		m, ok := o.(*v1alpha1.PodMigration)
-		if !ok || m.Labels[v1alpha1.LabelSourceUID] == "" {
-			return nil
-		}
-		return []ctrl.Request{{NamespacedName: client.ObjectKey{Namespace: m.Namespace, Name: m.Spec.PodName}}}
-	})
 	return ctrl.NewControllerManagedBy(mgr).Named("deletion").
 		For(&corev1.Pod{}, builder.WithPredicates(waiting)).
-		Watches(&v1alpha1.PodMigration{}, migrations).
+		Watches(&v1alpha1.PodMigration{}, handler.EnqueueRequestsFromMapFunc(movedBy)).
 		Complete(r)
+}
+
+// movedBy is the pod that a migration moves, whoever has ordered it: if it fails, it is our
+// turn.
+func movedBy(_ context.Context, o client.Object) []ctrl.Request {
+	m, ok := o.(*v1alpha1.PodMigration)
+	if !ok {
+		return nil
+	}
+	return []ctrl.Request{{NamespacedName: client.ObjectKey{Namespace: m.Namespace, Name: m.Spec.PodName}}}
 }
 
 // Reconcile looks at one pod.
@@ -90,8 +96,9 @@ func (r *Deletions) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Resul
 	if reason != "" {
 		return ctrl.Result{}, r.release(ctx, p, reason, why)
 	}
-	left := deferral.Deadline(p).Sub(now)
-	if clone := source(p) != "" && !deferral.Cloned(p); clone {
+	// No event of the pod tells that its owner or its node is gone.
+	left := min(deferral.Deadline(p).Sub(now), lookAgain)
+	if arriving(p) {
 		// It moves already, as somebody's clone. The end of that is an event.
 		return ctrl.Result{RequeueAfter: left}, nil
 	}
@@ -111,7 +118,7 @@ func (r *Deletions) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Resul
 	case again < 0:
 		return ctrl.Result{RequeueAfter: left}, nil
 	}
-	return ctrl.Result{RequeueAfter: left}, r.move(ctx, p, again, left)
+	return ctrl.Result{RequeueAfter: left}, r.move(ctx, p, again, deferral.Deadline(p).Sub(now))
 }
 
 // unwanted tells why a pod should not wait: an event's reason and sentence.
@@ -169,6 +176,9 @@ func next(p *corev1.Pod, all []v1alpha1.PodMigration, now time.Time) (wait time.
 			continue
 		}
 		failures++
+		// Those before it may have been deleted meanwhile.
+		n, _ := strconv.Atoi(m.Name[strings.LastIndexByte(m.Name, '-')+1:])
+		number = max(number, n+1)
 		if last == nil || ended(m).After(ended(last)) {
 			last = m
 		}
@@ -179,7 +189,7 @@ func next(p *corev1.Pod, all []v1alpha1.PodMigration, now time.Time) (wait time.
 	if last == nil {
 		return 0, 0, ""
 	}
-	return max(0, ended(last).Add(firstBackoff<<(failures-1)).Sub(now)), failures, ""
+	return max(0, ended(last).Add(firstBackoff<<(failures-1)).Sub(now)), number, ""
 }
 
 // move orders a migration.
@@ -190,7 +200,7 @@ func (r *Deletions) move(ctx context.Context, p *corev1.Pod, number int, left ti
 	m := &v1alpha1.PodMigration{
 		ObjectMeta: metav1.ObjectMeta{
 			Namespace: p.Namespace,
-			Name:      fmt.Sprintf("%.230s-%s-%d", p.Name, strconv.FormatUint(h.Sum64(), 36)[:6], number),
+			Name:      fmt.Sprintf("%s-%s-%d", cut(p.Name, 230), strconv.FormatUint(h.Sum64(), 36)[:6], number),
 			Labels:    map[string]string{v1alpha1.LabelSourceUID: string(p.UID)},
 		},
 		Spec: v1alpha1.PodMigrationSpec{

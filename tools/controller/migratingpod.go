@@ -103,15 +103,26 @@ func (r *MigratingPods) step(ctx context.Context, mp *v1alpha1.MigratingPod) err
 		return nil
 	}
 	active := counted[0]
-	if s.ActivePod != "" && s.ActivePod != active.Name && source(active) == s.ActivePod {
-		s.Moves++
+	if source(active) != "" && source(active) == s.ActivePod && !deferral.Cloned(active) {
+		// The source has ended, and it is not said yet that the clone has taken over.
+		s.State, s.Message = v1alpha1.StateMigrating, ""
+		setReady(mp, active)
+		return nil
+	}
+	if s.ActivePod != active.Name {
+		if source(active) == "" {
+			// It was started, and that could not be written down.
+			r.started(mp, active, others)
+		} else {
+			s.Moves++
+		}
 	}
 	s.ActivePod, s.NodeName = active.Name, active.Spec.NodeName
 	setReady(mp, active)
 	clone := slices.ContainsFunc(others, func(p *corev1.Pod) bool { return source(p) == active.Name && !deferral.Ended(p) })
 	s.Message = ""
 	switch {
-	case clone, source(active) != "" && !deferral.Cloned(active):
+	case clone, arriving(active):
 		s.State = v1alpha1.StateMigrating
 	case active.DeletionTimestamp != nil:
 		s.State = v1alpha1.StateMigrationPending
@@ -175,9 +186,16 @@ func (r *MigratingPods) start(ctx context.Context, mp *v1alpha1.MigratingPod, en
 	case err != nil:
 		return fmt.Errorf("make pod %s: %w", p.Name, err)
 	}
+	r.started(mp, p, ended)
+	s.State, s.ActivePod, s.NodeName, s.Message = v1alpha1.StateCreating, p.Name, "", ""
+	return nil
+}
+
+// started tells that a pod was made from the template: the first one, or one without the
+// state of the last.
+func (r *MigratingPods) started(mp *v1alpha1.MigratingPod, p *corev1.Pod, ended []*corev1.Pod) {
 	cold := metav1.Condition{Type: v1alpha1.ConditionColdStarted, Status: metav1.ConditionFalse, Reason: "FirstStart", Message: "No pod has ended without another one taking over.", ObservedGeneration: mp.Generation}
-	if s.ActivePod != "" {
-		last := s.ActivePod
+	if last := mp.Status.ActivePod; last != "" {
 		cold.Status, cold.Reason = metav1.ConditionTrue, "PodDeleted"
 		cold.Message = fmt.Sprintf("Pod %s was deleted without having moved; %s was started from the template, without its state.", last, p.Name)
 		if i := slices.IndexFunc(ended, func(p *corev1.Pod) bool { return p.Name == last }); i >= 0 {
@@ -187,9 +205,7 @@ func (r *MigratingPods) start(ctx context.Context, mp *v1alpha1.MigratingPod, en
 		}
 		r.Recorder.Eventf(mp, p, corev1.EventTypeWarning, v1alpha1.ConditionColdStarted, "Start", "%s", cold.Message)
 	}
-	apimeta.SetStatusCondition(&s.Conditions, cold)
-	s.State, s.ActivePod, s.NodeName, s.Message = v1alpha1.StateCreating, p.Name, "", ""
-	return nil
+	apimeta.SetStatusCondition(&mp.Status.Conditions, cold)
 }
 
 // reasonWord is a pod's reason if it can be that of a condition.

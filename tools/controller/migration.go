@@ -235,19 +235,20 @@ func meta(pod *unstructured.Unstructured) *corev1.Pod {
 // cloneName is a name that no pod has.
 func (r *Migrations) cloneName(ctx context.Context, source *unstructured.Unstructured, m *v1alpha1.PodMigration) (string, error) {
 	if owner := metav1.GetControllerOf(source); kindOf(owner) == migratingPod {
-		siblings, err := children(ctx, r.Live, m.Namespace, owner)
-		if err != nil {
-			return "", err
+		var all corev1.PodList
+		if err := r.Live.List(ctx, &all, client.InNamespace(m.Namespace)); err != nil {
+			return "", fmt.Errorf("list the pods of namespace %s: %w", m.Namespace, err)
 		}
+		// Also pods of others may have such names.
 		var names []string
-		for _, p := range siblings {
-			names = append(names, p.Name)
+		for i := range all.Items {
+			names = append(names, all.Items[i].Name)
 		}
 		return nextName(owner.Name, names...), nil
 	}
 	h := fnv.New64a()
 	h.Write([]byte(m.UID))
-	return fmt.Sprintf("%.240s-%s", originOf(source), strconv.FormatUint(h.Sum64(), 36)[:6]), nil
+	return fmt.Sprintf("%s-%s", cut(originOf(source), 240), strconv.FormatUint(h.Sum64(), 36)[:6]), nil
 }
 
 func originOf(source *unstructured.Unstructured) string {
@@ -490,9 +491,11 @@ func end(m *v1alpha1.PodMigration, phase v1alpha1.Phase, reason, message string)
 // settle removes what a migration that is over does not need any more, the migration
 // itself at last.
 func (r *Migrations) settle(ctx context.Context, m *v1alpha1.PodMigration) (ctrl.Result, error) {
+	unfinished := false
 	switch {
 	case m.Status.Phase == v1alpha1.PhaseSucceeded:
-		if err := r.removeSource(ctx, m); err != nil {
+		var err error
+		if unfinished, err = r.removeSource(ctx, m); err != nil {
 			return ctrl.Result{}, err
 		}
 	case m.Status.ClonePodUID != "":
@@ -517,6 +520,9 @@ func (r *Migrations) settle(ctx context.Context, m *v1alpha1.PodMigration) (ctrl
 	if left > 0 {
 		return ctrl.Result{RequeueAfter: left}, nil
 	}
+	if unfinished {
+		return ctrl.Result{RequeueAfter: 10 * time.Second}, nil
+	}
 	return ctrl.Result{}, client.IgnoreNotFound(r.Delete(ctx, m, client.Preconditions{UID: &m.UID}))
 }
 
@@ -529,21 +535,21 @@ func ended(m *v1alpha1.PodMigration) time.Time {
 }
 
 // removeSource deletes a source that was given away and that has a controller: there it
-// would stand as a replica that failed. One without stays as a record.
-func (r *Migrations) removeSource(ctx context.Context, m *v1alpha1.PodMigration) error {
+// would stand as a replica that failed. One without stays as a record. It is unfinished
+// as long as the source's kubelet is not done with it.
+func (r *Migrations) removeSource(ctx context.Context, m *v1alpha1.PodMigration) (unfinished bool, err error) {
 	source, err := r.source(ctx, m)
 	if err != nil || source == nil || source.GetDeletionTimestamp() != nil || metav1.GetControllerOf(source) == nil {
-		return err
+		return false, err
 	}
 	if phaseOf(source) != string(corev1.PodFailed) {
-		// Its kubelet is not done with it and will say so.
-		return nil
+		return true, nil
 	}
 	err = r.Delete(ctx, source, client.Preconditions{UID: &m.Status.SourcePodUID})
 	if client.IgnoreNotFound(err) != nil && !apierrors.IsConflict(err) {
-		return fmt.Errorf("delete the source that was given away: %w", err)
+		return false, fmt.Errorf("delete the source that was given away: %w", err)
 	}
-	return nil
+	return false, nil
 }
 
 // tell makes an event of the end.

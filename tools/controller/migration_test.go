@@ -3,15 +3,19 @@ package controller
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/events"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -19,19 +23,24 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
 
 	"podmig.dev/podmig/kubelet/apis/migration/v1alpha1"
+	"podmig.dev/podmig/kubelet/deferral"
 )
 
-// world is an API server with one pod and one migration, without kubelets: the test
-// writes what they would.
+// world is an API server with the controllers' objects, without kubelets: the test writes
+// what they would.
 type world struct {
 	*testing.T
 	client.Client
 	r   *Migrations
+	d   *Deletions
+	mp  *MigratingPods
 	now time.Time
+	// said has the events.
+	said *events.FakeRecorder
 	// created has the clones as they were sent: the typed client of the test does not
 	// know spec.clonePod.
 	created []*unstructured.Unstructured
-	// refuses is what the API server says to a clone.
+	// refuses is what the API server says to a new pod.
 	refuses error
 	// drops is an API server whose feature gate is off.
 	drops bool
@@ -42,32 +51,127 @@ const ns = "default"
 func newWorld(t *testing.T, objects ...client.Object) *world {
 	t.Helper()
 	s := runtime.NewScheme()
-	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, v1alpha1.AddToScheme} {
+	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, appsv1.AddToScheme, v1alpha1.AddToScheme} {
 		if err := add(s); err != nil {
 			t.Fatal(err)
 		}
 	}
-	w := &world{T: t, now: time.Unix(1000, 0)}
-	w.Client = fake.NewClientBuilder().WithScheme(s).WithObjects(objects...).WithStatusSubresource(&v1alpha1.PodMigration{}, &corev1.Pod{}).
+	w := &world{T: t, now: time.Unix(1000, 0), said: events.NewFakeRecorder(100)}
+	uids := 0
+	w.Client = fake.NewClientBuilder().WithScheme(s).WithObjects(objects...).WithStatusSubresource(&v1alpha1.PodMigration{}, &v1alpha1.MigratingPod{}, &corev1.Pod{}).
 		WithInterceptorFuncs(interceptor.Funcs{Create: func(ctx context.Context, c client.WithWatch, o client.Object, opts ...client.CreateOption) error {
-			if u, ok := o.(*unstructured.Unstructured); ok {
-				if w.refuses != nil {
-					return w.refuses
-				}
-				if w.drops {
-					unstructured.RemoveNestedField(u.Object, "spec", "clonePod")
-				}
-				var options client.CreateOptions
-				if options.ApplyOptions(opts); len(options.DryRun) > 0 {
-					return nil
-				}
-				w.created = append(w.created, u.DeepCopy())
-				u.SetUID("uid-of-clone")
+			u, clone := o.(*unstructured.Unstructured)
+			if _, pod := o.(*corev1.Pod); (pod || clone) && w.refuses != nil {
+				return w.refuses
 			}
+			if clone && w.drops {
+				unstructured.RemoveNestedField(u.Object, "spec", "clonePod")
+			}
+			var options client.CreateOptions
+			if options.ApplyOptions(opts); len(options.DryRun) > 0 {
+				return nil
+			}
+			if clone {
+				w.created = append(w.created, u.DeepCopy())
+			}
+			uids++
+			o.SetUID(types.UID(fmt.Sprintf("uid-%d", uids)))
+			o.SetCreationTimestamp(metav1.NewTime(w.now))
 			return c.Create(ctx, o, opts...)
+		}, Delete: func(ctx context.Context, c client.WithWatch, o client.Object, opts ...client.DeleteOption) error {
+			// The fake does not look at the UID.
+			asked := (&client.DeleteOptions{}).ApplyOptions(opts).AsDeleteOptions()
+			there := o.DeepCopyObject().(client.Object)
+			if asked.Preconditions != nil && asked.Preconditions.UID != nil {
+				if err := c.Get(ctx, client.ObjectKeyFromObject(o), there); err == nil && there.GetUID() != *asked.Preconditions.UID {
+					return apierrors.NewConflict(corev1.Resource("pods"), o.GetName(), fmt.Errorf("another UID"))
+				}
+			}
+			return c.Delete(ctx, o, opts...)
 		}}).Build()
-	w.r = &Migrations{Client: w.Client, Live: w.Client, Recorder: events.NewFakeRecorder(100), Now: func() time.Time { return w.now }}
+	now := func() time.Time { return w.now }
+	w.r = &Migrations{Client: w.Client, Live: w.Client, Recorder: w.said, Now: now}
+	w.d = &Deletions{Client: w.Client, Live: w.Client, Recorder: w.said, Now: now}
+	w.mp = &MigratingPods{Client: w.Client, Live: w.Client, Recorder: w.said, Now: now}
 	return w
+}
+
+// request names an object.
+func request(name string) ctrl.Request {
+	return ctrl.Request{NamespacedName: client.ObjectKey{Namespace: ns, Name: name}}
+}
+
+// events are those since it was asked last.
+func (w *world) events() string {
+	var all []string
+	for {
+		select {
+		case e := <-w.said.Events:
+			all = append(all, e)
+		default:
+			return strings.Join(all, "\n")
+		}
+	}
+}
+
+// pod reads a pod, nil if there is none.
+func (w *world) pod(name string) *corev1.Pod {
+	w.Helper()
+	p := &corev1.Pod{}
+	if err := w.Get(w.Context(), request(name).NamespacedName, p); apierrors.IsNotFound(err) {
+		return nil
+	} else if err != nil {
+		w.Fatal(err)
+	}
+	return p
+}
+
+// says changes the status of a pod as its kubelet would.
+func (w *world) says(name string, change func(*corev1.PodStatus)) {
+	w.Helper()
+	p := w.pod(name)
+	change(&p.Status)
+	if err := w.Status().Update(w.Context(), p); err != nil {
+		w.Fatal(err)
+	}
+}
+
+// deletes deletes a pod, as somebody would.
+func (w *world) deletes(name string) {
+	w.Helper()
+	if err := w.Delete(w.Context(), w.pod(name)); err != nil {
+		w.Fatal(err)
+	}
+}
+
+// runs brings a pod up on a node.
+func (w *world) runs(name, node string) {
+	w.Helper()
+	p := w.pod(name)
+	p.Spec.NodeName = node
+	if err := w.Update(w.Context(), p); err != nil {
+		w.Fatal(err)
+	}
+	w.says(name, func(s *corev1.PodStatus) {
+		s.Phase = corev1.PodRunning
+		s.Conditions = append(s.Conditions, corev1.PodCondition{Type: corev1.PodReady, Status: corev1.ConditionTrue})
+	})
+}
+
+// owner gives a pod a controller, whose UID is uid-of- and its name.
+func owner(apiVersion, kind, name string) func(*corev1.Pod) {
+	yes := true
+	return func(p *corev1.Pod) {
+		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: apiVersion, Kind: kind, Name: name, UID: types.UID("uid-of-" + name), Controller: &yes}}
+	}
+}
+
+// changed is a pod after some changes.
+func changed(p *corev1.Pod, changes ...func(*corev1.Pod)) *corev1.Pod {
+	for _, change := range changes {
+		change(p)
+	}
+	return p
 }
 
 func sourcePod() *corev1.Pod {
@@ -208,8 +312,7 @@ func TestRefused(t *testing.T) {
 		{"pending", func(_ *world, p *corev1.Pod, _ *v1alpha1.PodMigration) { p.Status.Phase = corev1.PodPending }, "UnfitPod", "is Pending"},
 		{"same node", func(_ *world, _ *corev1.Pod, m *v1alpha1.PodMigration) { m.Spec.TargetNode = "node1" }, "UnfitPod", "on node node1 already"},
 		{"owned", func(_ *world, p *corev1.Pod, _ *v1alpha1.PodMigration) {
-			yes := true
-			p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "StatefulSet", Name: "db", UID: "1", Controller: &yes}}
+			owner("apps/v1", "StatefulSet", "db")(p)
 		}, "UnfitPod", "belongs to StatefulSet db"},
 		{"gate off", func(w *world, _ *corev1.Pod, _ *v1alpha1.PodMigration) { w.drops = true }, "MigrationDisabled", "drops spec.clonePod"},
 		{"forbidden", func(w *world, _ *corev1.Pod, _ *v1alpha1.PodMigration) { w.refuses = forbidden }, "CloneRefused", "nobody may clone this"},
@@ -376,5 +479,174 @@ func TestRestarts(t *testing.T) {
 	w.clone(m, "node2", "True", "Cloned")
 	if m = w.reconcile("move"); m.Status.Phase != v1alpha1.PhaseSucceeded {
 		t.Errorf("it ended %+v", m.Status)
+	}
+}
+
+// The clone of an owned pod belongs to the owner from the start, and its deletion waits
+// as that of its source.
+func TestCloneOfOwned(t *testing.T) {
+	for _, tt := range []struct {
+		name      string
+		change    func(*corev1.Pod)
+		finalizer bool
+		// clone is its name, or the beginning of it.
+		clone string
+	}{
+		{"of a ReplicaSet", func(p *corev1.Pod) { ofSet(p); p.Finalizers = []string{other, v1alpha1.FinalizerMigrate} }, true, "redis-"},
+		{"of a ReplicaSet, without our finalizer", func(p *corev1.Pod) { ofSet(p); p.Finalizers = []string{other} }, false, "redis-"},
+		{"of a MigratingPod", func(p *corev1.Pod) { ofRedis(p); p.Finalizers = []string{v1alpha1.FinalizerMigrate} }, true, "redis-0"},
+		{"bare", func(p *corev1.Pod) { p.Finalizers = []string{v1alpha1.FinalizerMigrate} }, true, "redis-"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := changed(sourcePod(), tt.change, deadline("45"))
+			w := newWorld(t, p.DeepCopy(), migration("move"))
+			m := w.reconcile("move")
+			c := w.pod(m.Status.ClonePodName)
+			if !strings.HasPrefix(c.Name, tt.clone) || !equality.Semantic.DeepEqual(c.OwnerReferences, p.OwnerReferences) {
+				t.Errorf("clone %s of %v", c.Name, c.OwnerReferences)
+			}
+			if c.Labels["app"] != "redis" || c.Annotations[v1alpha1.AnnotationSource] != "redis" || c.Annotations[v1alpha1.AnnotationDeadline] != "45" {
+				t.Errorf("labels %v, annotations %v", c.Labels, c.Annotations)
+			}
+			if deferral.HasFinalizer(c) != tt.finalizer || slices.Contains(c.Finalizers, other) {
+				t.Errorf("finalizers %v", c.Finalizers)
+			}
+		})
+	}
+}
+
+// The clone of a MigratingPod's pod has the number after the highest in use.
+func TestCloneOfMigratingPodIsNumbered(t *testing.T) {
+	for _, tt := range []struct{ source, others, want string }{
+		{"redis-0", "", "redis-1"},
+		{"redis-9", "", "redis-10"},
+		{"redis-3", "redis-2 redis-5", "redis-6"},
+		{"redis-3", "redis-07 redis-7-1 other-8", "redis-4"},
+		// That of a stranger.
+		{"redis-3", "redis-4!", "redis-5"},
+	} {
+		source, move := changed(sourcePod(), ofRedis), migration("move")
+		source.Name, move.Spec.PodName = tt.source, tt.source
+		objects := []client.Object{source, move}
+		for name := range strings.FieldsSeq(tt.others) {
+			p := sourcePod()
+			if p.Name = strings.TrimSuffix(name, "!"); p.Name == name {
+				ofRedis(p)
+			}
+			objects = append(objects, p)
+		}
+		w := newWorld(t, objects...)
+		if m := w.reconcile("move"); m.Status.ClonePodName != tt.want || len(w.created) != 1 {
+			t.Errorf("%s beside %q gets clone %s, want %s", tt.source, tt.others, m.Status.ClonePodName, tt.want)
+		}
+	}
+}
+
+// A pod whose deletion waits can be moved, one that ends cannot.
+func TestMovesWhileDeleted(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		change func(*corev1.Pod)
+		want   bool
+	}{
+		{"waits", func(*corev1.Pod) {}, true},
+		{"past its deadline", deadline("100"), false},
+		{"forced", forced, false},
+		{"without our finalizer", func(p *corev1.Pod) { p.Finalizers = []string{other} }, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newWorld(t, waiting(tt.change), migration("move"))
+			m := w.reconcile("move")
+			if tt.want != (m.Status.Phase == v1alpha1.PhaseScheduling) || tt.want != (len(w.created) == 1) {
+				t.Errorf("%d clones, %+v", len(w.created), m.Status)
+			}
+			if !tt.want && m.Status.Message != `Pod "redis" is being deleted.` {
+				t.Errorf("it says %q", m.Status.Message)
+			}
+		})
+	}
+}
+
+// A source that was given away stands in the way of a controller, and of nobody else.
+func TestSourceIsRemoved(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		change func(*corev1.Pod)
+		gone   bool
+	}{
+		{"bare", func(*corev1.Pod) {}, false},
+		{"of a ReplicaSet", ofSet, true},
+		{"of a MigratingPod", ofRedis, true},
+		{"owned without being controlled", func(p *corev1.Pod) { ofSet(p); p.OwnerReferences[0].Controller = nil }, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			move, ttl := migration("move"), int32(0)
+			move.Spec.TTLSecondsAfterFinished = &ttl
+			w := newWorld(t, changed(sourcePod(), tt.change), move)
+			w.clone(w.reconcile("move"), "node2", "True", "Cloned")
+			// Until its kubelet is done with it, it stays, and so does a migration that has to remove it.
+			if m := w.reconcile("move"); w.pod("redis") == nil || (m != nil) != tt.gone {
+				t.Errorf("pods %v, migration %v", w.pods(), m)
+			}
+			w.says("redis", func(s *corev1.PodStatus) { s.Phase, s.Reason = corev1.PodFailed, v1alpha1.ReasonMigrated })
+			if tt.gone {
+				if m := w.reconcile("move"); m != nil {
+					t.Errorf("the migration stays: %+v", m.Status)
+				}
+			}
+			if gone := w.pod("redis") == nil; gone != tt.gone || len(w.pods()) == 0 {
+				t.Errorf("pods %v", w.pods())
+			}
+		})
+	}
+}
+
+// A later pod with the name of the source is not the source.
+func TestSourceIsRemovedByUID(t *testing.T) {
+	w := newWorld(t, changed(sourcePod(), ofSet), migration("move"))
+	w.clone(w.reconcile("move"), "node2", "True", "Cloned")
+	w.deletes("redis")
+	later := changed(sourcePod(), ofSet, phase(corev1.PodFailed))
+	if err := w.Create(t.Context(), later); err != nil {
+		t.Fatal(err)
+	}
+	if w.reconcile("move"); w.pod("redis") == nil {
+		t.Error("a later pod is gone")
+	}
+}
+
+func TestTTL(t *testing.T) {
+	seconds := func(n int32) *int32 { return &n }
+	for _, tt := range []struct {
+		name string
+		ttl  *int32
+		// after is how long it is kept, 0 for ever.
+		after time.Duration
+	}{
+		{"none", nil, 0},
+		{"a minute", seconds(60), time.Minute},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			move := migration("move")
+			move.Spec.TTLSecondsAfterFinished, move.Spec.TimeoutSeconds = tt.ttl, 3600
+			w := newWorld(t, sourcePod(), move)
+			m := w.reconcile("move")
+			// It counts from the end.
+			w.now = w.now.Add(10 * time.Minute)
+			if m = w.reconcile("move"); m == nil {
+				t.Fatal("it was deleted while it ran")
+			}
+			w.clone(m, "node2", "False", "SourceRefused")
+			if m = w.reconcile("move"); m == nil || m.Status.Phase != v1alpha1.PhaseRefused {
+				t.Fatalf("it ended %+v", m)
+			}
+			if result, err := w.r.Reconcile(t.Context(), request("move")); err != nil || result.RequeueAfter != tt.after {
+				t.Errorf("it looks again after %s, %v", result.RequeueAfter, err)
+			}
+			w.now = w.now.Add(time.Minute)
+			if m = w.reconcile("move"); (m == nil) != (tt.ttl != nil) {
+				t.Errorf("after a minute there is %v", m)
+			}
+		})
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"podmig.dev/podmig/kubelet/apis/migration/v1alpha1"
+	"podmig.dev/podmig/kubelet/deferral"
 )
 
 // ownerKind is what a controller of pods is to us.
@@ -119,3 +120,17 @@ func nextName(owner string, pods ...string) string {
 // source is the name of the pod that a clone of ours takes over. Our API types do not
 // have spec.clonePod.
 func source(p *corev1.Pod) string { return p.Annotations[v1alpha1.AnnotationSource] }
+
+// arriving tells whether a pod is a clone that does not run yet. Its kubelet writes on its
+// own that it has taken over, maybe before it writes that it runs.
+func arriving(p *corev1.Pod) bool {
+	return source(p) != "" && (!deferral.Cloned(p) || p.Status.Phase == corev1.PodPending)
+}
+
+// cut shortens a name so that something can be put behind it with a dash.
+func cut(name string, size int) string {
+	if len(name) <= size {
+		return name
+	}
+	return strings.TrimRight(name[:size], "-.")
+}
