@@ -123,10 +123,11 @@ is the worst of all pods, in the order 5, 4, 3, 6; a pod that is left counts as 
   kubectl migrate redis --cancel
   kubectl migrate --from node1               # all pods of node1
   kubectl migrate --from node1 --to node2 -n shop --selector app=redis`,
-		Args:          o.arguments,
-		SilenceUsage:  true,
-		SilenceErrors: true,
-		RunE:          func(cmd *cobra.Command, _ []string) error { return o.run(cmd.Context()) },
+		Args:              o.arguments,
+		ValidArgsFunction: o.completeArguments,
+		SilenceUsage:      true,
+		SilenceErrors:     true,
+		RunE:              func(cmd *cobra.Command, _ []string) error { return o.run(cmd.Context()) },
 	}
 	o.config.AddFlags(cmd.Flags())
 	f := cmd.Flags()
@@ -140,6 +141,7 @@ is the worst of all pods, in the order 5, 4, 3, 6; a pod that is left counts as 
 	f.BoolVar(&o.noWait, "no-wait", false, "print the name of the migration and do not follow it; with --from, order those that may begin now")
 	f.BoolVar(&o.cancel, "cancel", false, "cancel the pod's migrations, or those of all pods of the node; they run on where they are")
 	f.StringVarP(&o.output, "output", "o", "", "print the migration as name, json, yaml or wide instead of the new pod's name")
+	o.completeFlags(cmd)
 	return cmd
 }
 
