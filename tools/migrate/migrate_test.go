@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+	policyv1 "k8s.io/api/policy/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/watch"
@@ -28,11 +30,14 @@ func TestMain(m *testing.M) {
 func newClient(t *testing.T, objects ...client.Object) client.WithWatch {
 	t.Helper()
 	s := runtime.NewScheme()
-	if err := v1alpha1.AddToScheme(s); err != nil {
-		t.Fatal(err)
+	for _, add := range []func(*runtime.Scheme) error{v1alpha1.AddToScheme, corev1.AddToScheme, policyv1.AddToScheme} {
+		if err := add(s); err != nil {
+			t.Fatal(err)
+		}
 	}
 	return fake.NewClientBuilder().WithScheme(s).WithObjects(objects...).WithStatusSubresource(&v1alpha1.PodMigration{}).
-		WithIndex(&v1alpha1.PodMigration{}, "metadata.name", func(o client.Object) []string { return []string{o.GetName()} }).Build()
+		WithIndex(&v1alpha1.PodMigration{}, "metadata.name", func(o client.Object) []string { return []string{o.GetName()} }).
+		WithIndex(&corev1.Pod{}, "spec.nodeName", func(o client.Object) []string { return []string{o.(*corev1.Pod).Spec.NodeName} }).Build()
 }
 
 func migration(name string, phase v1alpha1.Phase) *v1alpha1.PodMigration {
@@ -124,7 +129,13 @@ func TestArguments(t *testing.T) {
 		{"", "accepts between 1 and 2 arg(s)"},
 		{"redis node1 --node-selector a=b", "not both"},
 		{"redis --timeout 10ms", "a second or more"},
-		{"redis -o table", "name, json or yaml"},
+		{"redis -o table", "name, json, yaml, wide"},
+		{"redis --from node1", "give a pod or --from"},
+		{"--from node1 --to node1", "name another node"},
+		{"redis node1 --to node2", "not both"},
+		{"redis --to node2 --node-selector a=b", "not both"},
+		{"redis --selector a=b", "need --from"},
+		{"redis --no-cordon", "need --from"},
 	} {
 		cmd := Command(&bytes.Buffer{}, &bytes.Buffer{})
 		cmd.SetArgs(strings.Fields(tt.args))
@@ -132,6 +143,36 @@ func TestArguments(t *testing.T) {
 		var ended *EndedError
 		if err == nil || errors.As(err, &ended) || !strings.Contains(err.Error(), tt.text) {
 			t.Errorf("%s: %v", tt.args, err)
+		}
+	}
+}
+
+func TestOutput(t *testing.T) {
+	for _, tt := range []struct {
+		output string
+		want   []string
+	}{
+		{"", []string{"pod/redis-1abc\n"}},
+		{"name", []string{"podmigration.podmig.dev/redis-1\n"}},
+		{"json", []string{`"kind": "PodMigration"`, `"clonePodName": "redis-1abc"`}},
+		{"yaml", []string{"kind: PodMigration\n", "clonePodName: redis-1abc\n"}},
+		{"wide", []string{
+			"POD     RESULT      SOURCE   TARGET   CLONE        MIGRATION   TOOK   REASON   MESSAGE\n",
+			"redis   Succeeded   node1    node2    redis-1abc   redis-1     1.5s   Cloned   It has taken over.\n",
+		}},
+	} {
+		m := migration("redis-1", v1alpha1.PhaseSucceeded)
+		began := metav1.NewMicroTime(time.Unix(1, 0))
+		m.Status.PhaseTransitions = []v1alpha1.PhaseTransition{{Phase: v1alpha1.PhaseScheduling, Time: began}, {Phase: v1alpha1.PhaseSucceeded, Time: metav1.NewMicroTime(began.Add(1500 * time.Millisecond))}}
+		m.Status.SourceNode, m.Status.TargetNode, m.Status.ClonePodName, m.Status.Reason, m.Status.Message = "node1", "node2", "redis-1abc", "Cloned", "It has taken over."
+		var out bytes.Buffer
+		if err := (&options{output: tt.output, out: &out}).print(m, "pod/redis-1abc"); err != nil {
+			t.Errorf("%s: %v", tt.output, err)
+		}
+		for _, want := range tt.want {
+			if !strings.Contains(out.String(), want) {
+				t.Errorf("%s: it printed\n%s", tt.output, &out)
+			}
 		}
 	}
 }

@@ -1,11 +1,10 @@
-// Command kubectl-migrate moves a running pod to another node: kubectl migrate POD [NODE].
-// It creates a PodMigration object, tells how far it is, and ends with a code that says
-// how it ended.
+// Command kubectl-migrate moves a running pod to another node: kubectl migrate POD [NODE],
+// or all pods of a node: kubectl migrate --from NODE. It creates PodMigration objects,
+// tells how far they are, and ends with a code that says how they ended.
 package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -20,11 +19,5 @@ func main() {
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "error:", err)
 	}
-	var ended *migrate.EndedError
-	switch {
-	case errors.As(err, &ended):
-		os.Exit(ended.Code())
-	case err != nil:
-		os.Exit(1)
-	}
+	os.Exit(migrate.ExitCode(err))
 }

@@ -1,0 +1,127 @@
+package migrate
+
+import (
+	"cmp"
+	"context"
+	"io"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/spf13/cobra"
+	corev1 "k8s.io/api/core/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+)
+
+// completionTime is for how long a shell waits for an API server that does not answer.
+const completionTime = 5 * time.Second
+
+// completeArguments offers pods that can be moved, then the nodes that they are not on.
+func (o *options) completeArguments(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	if o.from != "" || len(args) > 1 || len(args) > 0 && o.to != "" {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	return o.offer(cmd, func(ctx context.Context, c client.Reader) ([]string, error) {
+		namespace, _, err := o.config.ToRawKubeConfigLoader().Namespace()
+		if err != nil {
+			return nil, err
+		}
+		if len(args) == 0 {
+			var pods corev1.PodList
+			err := c.List(ctx, &pods, client.InNamespace(namespace))
+			pods.Items = slices.DeleteFunc(pods.Items, func(p corev1.Pod) bool {
+				what, _ := fit(&p)
+				return what != ready
+			})
+			return names(pods.Items, func(p corev1.Pod) string { return p.Name }), err
+		}
+		var p corev1.Pod
+		if err := c.Get(ctx, client.ObjectKey{Namespace: namespace, Name: args[0]}, &p); client.IgnoreNotFound(err) != nil {
+			return nil, err
+		}
+		return nodes(ctx, c, p.Spec.NodeName)
+	})
+}
+
+func (o *options) completeFlags(cmd *cobra.Command) {
+	for flag, list := range map[string]func(context.Context, client.Reader) ([]string, error){
+		"from": func(ctx context.Context, c client.Reader) ([]string, error) { return nodes(ctx, c, o.to) },
+		"to":   func(ctx context.Context, c client.Reader) ([]string, error) { return nodes(ctx, c, o.from) },
+		"namespace": func(ctx context.Context, c client.Reader) ([]string, error) {
+			var all corev1.NamespaceList
+			err := c.List(ctx, &all)
+			return names(all.Items, func(n corev1.Namespace) string { return n.Name }), err
+		},
+	} {
+		register(cmd, flag, func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+			return o.offer(cmd, list)
+		})
+	}
+	register(cmd, "context", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		cfg, err := o.config.ToRawKubeConfigLoader().RawConfig()
+		if err != nil {
+			return failed(err)
+		}
+		return slices.Sorted(maps.Keys(cfg.Contexts)), cobra.ShellCompDirectiveNoFileComp
+	})
+	register(cmd, "output", cobra.FixedCompletions(outputs, cobra.ShellCompDirectiveNoFileComp))
+	for _, flag := range []string{"node-selector", "selector", "timeout", "priority"} {
+		register(cmd, flag, cobra.NoFileCompletions)
+	}
+}
+
+func register(cmd *cobra.Command, flag string, f cobra.CompletionFunc) {
+	// It fails for a flag that is not there or has a function already.
+	if err := cmd.RegisterFlagCompletionFunc(flag, f); err != nil {
+		panic(err)
+	}
+}
+
+// offer asks the API server for words. (The shell picks those that begin as typed.)
+func (o *options) offer(cmd *cobra.Command, list func(context.Context, client.Reader) ([]string, error)) ([]string, cobra.ShellCompDirective) {
+	c, err := o.connect()
+	if err != nil {
+		return failed(err)
+	}
+	// Without a run there is no context.
+	ctx, stop := context.WithTimeout(cmp.Or(cmd.Context(), context.Background()), completionTime)
+	defer stop()
+	words, err := list(ctx, c)
+	if err != nil {
+		return failed(err)
+	}
+	return words, cobra.ShellCompDirectiveNoFileComp
+}
+
+// failed shows an error where shells do not see it, for BASH_COMP_DEBUG_FILE.
+func failed(err error) ([]string, cobra.ShellCompDirective) {
+	cobra.CompErrorln(err.Error())
+	return nil, cobra.ShellCompDirectiveError
+}
+
+// nodes are all but one.
+func nodes(ctx context.Context, c client.Reader, but string) ([]string, error) {
+	var all corev1.NodeList
+	err := c.List(ctx, &all)
+	return slices.DeleteFunc(names(all.Items, func(n corev1.Node) string { return n.Name }), func(name string) bool { return name == but }), err
+}
+
+func names[T any](objects []T, name func(T) string) []string {
+	var out []string
+	for _, o := range objects {
+		out = append(out, name(o))
+	}
+	return out
+}
+
+// Complete prints what the last of the words may become.
+func Complete(out, errOut io.Writer, words []string) error {
+	return complete(Command(out, errOut), out, errOut, words)
+}
+
+func complete(cmd *cobra.Command, out, errOut io.Writer, words []string) error {
+	cmd.SetOut(out)
+	cmd.SetErr(errOut)
+	cmd.SetArgs(append([]string{cobra.ShellCompRequestCmd}, words...))
+	return cmd.Execute()
+}
