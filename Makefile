@@ -122,9 +122,9 @@ SIZES ?= 0,100,250,500,1000,2500
 REPETITIONS ?= 5
 
 .PHONY: demo bench
-demo: build ## Start a cluster of two nodes here, move a redis with a million keys, show what survived
+demo: build ## Start a cluster of two nodes here, move a redis with a million keys, drain its node, show what survived
 	@.build/bin/nodeimage rootfs
-	@.build/bin/mkimage pause coredns redis
+	@.build/bin/mkimage pause coredns redis controller
 	@.build/bin/demo
 
 bench: build ## Time moves beside delete and recreate and beside bare CRIU: [SIZES=0,500] [REPETITIONS=5]

@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 	"testing"
 	"time"
@@ -19,7 +18,6 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 
 	"podmig.dev/podmig/cluster-setup/kit"
-	"podmig.dev/podmig/cluster-setup/manifests"
 	"podmig.dev/podmig/cluster-setup/supervisor"
 	"podmig.dev/podmig/kubelet/apis/migration/v1alpha1"
 )
@@ -27,18 +25,6 @@ import (
 // install brings the controller of PodMigration objects up, and removes it after the test.
 func install(ctx context.Context, t *testing.T) {
 	t.Helper()
-	definitions, objects, err := manifests.Controller()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := admin.Cluster.Apply(ctx, definitions); err != nil {
-		t.Fatal(err)
-	}
-	// kubectl wait takes a definition that has no conditions yet for an error.
-	until(ctx, t, "the objects are known", func() error {
-		_, err := admin.Kubectl(ctx, "get", "podmigrations,migratingpods")
-		return err
-	})
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
@@ -48,25 +34,16 @@ func install(ctx context.Context, t *testing.T) {
 			}
 		}
 	})
-	if err := admin.Cluster.Apply(ctx, objects); err != nil {
+	if err := admin.InstallController(ctx); err != nil {
 		t.Fatal(err)
-	}
-	if _, err := admin.Kubectl(ctx, "-n", "podmig-system", "rollout", "status", "--timeout=60s", "deployment/podmig-controller"); err != nil {
-		text, _ := admin.Kubectl(ctx, "-n", "podmig-system", "get", "pods,events", "-o", "wide")
-		log, _ := admin.Kubectl(ctx, "-n", "podmig-system", "logs", "deployment/podmig-controller")
-		t.Fatalf("%v\n%s\n%s", err, text, log)
 	}
 }
 
 // apply makes objects in the namespace of the test.
 func apply(ctx context.Context, t *testing.T, k *kit.Kit, text string) {
 	t.Helper()
-	var errs bytes.Buffer
-	err := k.Cluster.Kubectl(ctx, supervisor.Command{
-		Args: []string{"-n", k.Namespace, "apply", "-f", "-"}, Stdin: strings.NewReader(text), Stdout: io.Discard, Stderr: &errs,
-	})
-	if err != nil {
-		t.Fatalf("%v: %s", err, errs.String())
+	if err := k.Apply(ctx, text); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -1,6 +1,7 @@
 // Command demo shows what podmig does: it starts a cluster of two nodes on this
 // machine, fills a redis with a million keys, moves it to the other node while a
-// client keeps asking, and tells what survived and how long it was away.
+// client keeps asking, and tells what survived and how long it was away. Then it drains a node
+// under another one.
 package main
 
 import (
@@ -72,7 +73,7 @@ spec:
 
 func run(ctx context.Context, out io.Writer, keep bool) (err error) {
 	var images []string
-	for _, name := range []string{"pause", "coredns", "redis"} {
+	for _, name := range []string{"pause", "coredns", "redis", "controller"} {
 		images = append(images, filepath.Join(".build/images", name+".tar"))
 	}
 	o := cluster.Options{
@@ -97,86 +98,191 @@ func run(ctx context.Context, out io.Writer, keep bool) (err error) {
 	if err != nil {
 		return err
 	}
-	return show(ctx, out, k)
-}
-
-func show(ctx context.Context, out io.Writer, k *kit.Kit) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
-	say := func(format string, args ...any) { fmt.Fprintf(out, format+"\n", args...) }
-
-	say("\nA redis starts on node1 and gets a million keys.")
-	if err := k.Create(ctx, pod); err != nil {
-		return err
-	}
-	p, err := k.WaitRunning(ctx, "redis")
+	d := &demo{k, func(format string, args ...any) { fmt.Fprintf(out, format+"\n", args...) }}
+	moved, err := d.clone(ctx)
 	if err != nil {
 		return err
 	}
-	if _, err := k.Exec(ctx, "redis", "redis-cli", "eval",
+	drained, err := d.drain(ctx)
+	if err != nil {
+		return err
+	}
+	d.say("\nIn short: %s with clonePod; %s when its node was drained.", moved, drained)
+	return nil
+}
+
+type demo struct {
+	*kit.Kit
+	say func(format string, args ...any)
+}
+
+// fill gives a redis a million keys and returns what it is then.
+func (d *demo) fill(ctx context.Context, name string) (state, error) {
+	if _, err := d.Exec(ctx, name, "redis-cli", "eval",
 		"for i=1,"+keys+" do redis.call('set','key:'..i,'value:'..i) end return redis.call('dbsize')", "0"); err != nil {
-		return err
+		return state{}, err
 	}
-	before, err := look(ctx, k, "redis")
-	if err != nil {
-		return err
+	s, err := look(ctx, d.Kit, name)
+	if err == nil {
+		d.say("  %s", s)
 	}
-	say("  %s", before)
+	return s, err
+}
 
-	say("\nA client outside asks it every millisecond. Pod redis-moved on node2 says clonePod: redis.")
-	w := watch(ctx, k)
-	defer w.close()
-	w.ask(p.Status.PodIP)
-	if err := w.gap.After(ctx, time.Now()); err != nil {
-		return fmt.Errorf("redis does not answer: %w", err)
-	}
-	looking, stop := context.WithCancel(ctx)
-	defer stop()
-	found := make(chan error, 1)
-	go func() {
-		found <- k.NewAddresses(looking, "node2", func(ip string) error { w.ask(ip); return nil })
-	}()
-	w.gap.Longest()
-	start := time.Now()
-	if _, err := k.Move(ctx, "redis", clone.Options{Name: "redis-moved", Node: "node2"}); err != nil {
-		return err
-	}
-	total := time.Since(start)
-	if err := w.gap.After(ctx, time.Now()); err != nil {
-		return fmt.Errorf("redis does not answer: %w", err)
-	}
-	stop()
-	if err := <-found; err != nil {
-		return err
-	}
-	gap := w.gap.Longest()
-	if _, err := k.WaitRunning(ctx, "redis-moved"); err != nil {
-		return err
-	}
-	after, err := look(ctx, k, "redis-moved")
+// same fails unless a redis is the one from before, with all its keys.
+func (d *demo) same(ctx context.Context, name string, before state) error {
+	after, err := look(ctx, d.Kit, name)
 	if err != nil {
 		return err
 	}
-	say("  %s", after)
-	for _, e := range k.Events(ctx, "redis-moved") {
-		say("    %-10s %s", e.Reason, e.Message)
-	}
-	source, err := k.Pod(ctx, "redis")
-	if err != nil {
-		return err
-	}
-	say("  pod redis on node1: %s, %s: %s", source.Status.Phase, source.Status.Reason, source.Status.Message)
-	wrong, err := k.Exec(ctx, "redis-moved", "redis-cli", "eval",
+	d.say("  %s", after)
+	wrong, err := d.Exec(ctx, name, "redis-cli", "eval",
 		"local n=0 for i=1,"+keys+" do if redis.call('get','key:'..i)~='value:'..i then n=n+1 end end return n", "0")
 	if err != nil {
 		return err
 	}
 	if wrong = strings.TrimSpace(wrong); wrong != "0" || after.runID != before.runID || after.keys != before.keys {
-		return fmt.Errorf("the redis on node2 is not the one from node1: %s wrong values, run %s was %s", wrong, after.runID, before.runID)
+		return fmt.Errorf("the redis on %s is not the one from %s: %s wrong values, run %s was %s", after.node, before.node, wrong, after.runID, before.runID)
 	}
-	say("\nSame process, same data: run_id %s, %s keys, %s of them wrong, up for %s s, restarted 0 times.", after.runID, after.keys, wrong, after.uptime)
-	say("The client waited %d ms; the whole move took %.1f s.", gap.Milliseconds(), total.Seconds())
+	d.say("\nSame process, same data: run_id %s, %s keys, %s of them wrong, up for %s s, restarted 0 times.", after.runID, after.keys, wrong, after.uptime)
 	return nil
+}
+
+// during has a client ask redis every millisecond, at its address and at those that node2
+// gives to pods meanwhile, and returns how long it waited at most.
+func (d *demo) during(ctx context.Context, ip string, move func() error) (time.Duration, error) {
+	w := watch(ctx, d.Kit)
+	defer w.close()
+	w.ask(ip)
+	if err := w.gap.After(ctx, time.Now()); err != nil {
+		return 0, fmt.Errorf("redis does not answer: %w", err)
+	}
+	looking, stop := context.WithCancel(ctx)
+	defer stop()
+	found := make(chan error, 1)
+	go func() {
+		found <- d.NewAddresses(looking, "node2", func(ip string) error { w.ask(ip); return nil })
+	}()
+	w.gap.Longest()
+	if err := move(); err != nil {
+		return 0, err
+	}
+	if err := w.gap.After(ctx, time.Now()); err != nil {
+		return 0, fmt.Errorf("redis does not answer: %w", err)
+	}
+	stop()
+	return w.gap.Longest(), <-found
+}
+
+// clone moves a redis with nothing but a second pod.
+func (d *demo) clone(ctx context.Context) (string, error) {
+	d.say("\nA redis starts on node1 and gets a million keys.")
+	if err := d.Create(ctx, pod); err != nil {
+		return "", err
+	}
+	p, err := d.WaitRunning(ctx, "redis")
+	if err != nil {
+		return "", err
+	}
+	before, err := d.fill(ctx, "redis")
+	if err != nil {
+		return "", err
+	}
+	d.say("\nA client outside asks it every millisecond. Pod redis-moved on node2 says clonePod: redis.")
+	start := time.Now()
+	gap, err := d.during(ctx, p.Status.PodIP, func() error {
+		start = time.Now()
+		_, err := d.Move(ctx, "redis", clone.Options{Name: "redis-moved", Node: "node2"})
+		return err
+	})
+	total := time.Since(start)
+	if err != nil {
+		return "", err
+	}
+	if _, err := d.WaitRunning(ctx, "redis-moved"); err != nil {
+		return "", err
+	}
+	for _, e := range d.Events(ctx, "redis-moved") {
+		d.say("    %-10s %s", e.Reason, e.Message)
+	}
+	source, err := d.Pod(ctx, "redis")
+	if err != nil {
+		return "", err
+	}
+	d.say("  pod redis on node1: %s, %s: %s", source.Status.Phase, source.Status.Reason, source.Status.Message)
+	if err := d.same(ctx, "redis-moved", before); err != nil {
+		return "", err
+	}
+	d.say("The client waited %d ms; the whole move took %.1f s.", gap.Milliseconds(), total.Seconds())
+	for _, name := range []string{"redis", "redis-moved"} {
+		if err := d.Delete(ctx, name); err != nil {
+			return "", err
+		}
+	}
+	return fmt.Sprintf("%d ms without an answer", gap.Milliseconds()), nil
+}
+
+const migratingPod = `
+apiVersion: podmig.dev/v1alpha1
+kind: MigratingPod
+metadata: {name: shop}
+spec:
+  template:
+    metadata: {labels: {app: shop}}
+    spec:
+      affinity: {nodeAffinity: {preferredDuringSchedulingIgnoredDuringExecution: [{weight: 100, preference: {matchExpressions: [{key: kubernetes.io/hostname, operator: In, values: [node1]}]}}]}}
+      containers:
+      - name: redis
+        image: podmig.dev/redis:v1
+        imagePullPolicy: Never
+        readinessProbe: {tcpSocket: {port: 6379}, periodSeconds: 1}
+`
+
+// drain empties the node of a MigratingPod.
+func (d *demo) drain(ctx context.Context) (string, error) {
+	d.say("\nThe controller is installed, and MigratingPod shop starts a redis of its own on node1.")
+	if err := d.InstallController(ctx); err != nil {
+		return "", err
+	}
+	if err := d.Apply(ctx, migratingPod); err != nil {
+		return "", err
+	}
+	p, err := d.WaitRunning(ctx, "shop-0")
+	if err != nil {
+		return "", err
+	}
+	before, err := d.fill(ctx, "shop-0")
+	if err != nil {
+		return "", err
+	}
+	d.say("\nThe operator drains node1: kubectl drain node1")
+	gap, err := d.during(ctx, p.Status.PodIP, func() error {
+		text, err := d.Kubectl(ctx, "drain", "node1", "--timeout=60s")
+		for line := range strings.Lines(text) {
+			d.say("    %s", strings.TrimSpace(line))
+		}
+		return err
+	})
+	if err != nil {
+		return "", err
+	}
+	if _, err := d.WaitRunning(ctx, "shop-1"); err != nil {
+		return "", err
+	}
+	text, err := d.Kubectl(ctx, "get", "migratingpods,podmigrations")
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(text) {
+		d.say("    %s", strings.TrimRight(line, "\n"))
+	}
+	if err := d.same(ctx, "shop-1", before); err != nil {
+		return "", err
+	}
+	d.say("The client waited %d ms. Without podmig the drain would have killed it.", gap.Milliseconds())
+	return fmt.Sprintf("%d ms", gap.Milliseconds()), nil
 }
 
 // state is what a redis says about itself.
