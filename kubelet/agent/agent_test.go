@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -143,6 +144,10 @@ func TestMove(t *testing.T) {
 	}
 	if b.current().Takes(clone) {
 		t.Error("the clone would be taken over again")
+	}
+	i := slices.IndexFunc(w.status("clone").Conditions, func(c v1.PodCondition) bool { return c.Type == v1alpha1.ConditionTransfer })
+	if i < 0 || !strings.HasPrefix(w.status("clone").Conditions[i].Message, v1alpha1.TransferBytes+"=") || !strings.Contains(w.status("clone").Conditions[i].Message, v1alpha1.TransferFrozen+"=") {
+		t.Errorf("it is not told how much was moved: %v", w.status("clone").Conditions)
 	}
 }
 
@@ -379,6 +384,20 @@ func TestCancelByAnnotation(t *testing.T) {
 			w.stayed(t, "Cancelled", "asked to cancel")
 		})
 	}
+}
+
+// A dry run asks the source and does nothing else.
+func TestDryRun(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	clone := w.pair()
+	clone.Annotations = map[string]string{v1alpha1.AnnotationDryRun: "true"}
+	w.nodes["b"].at("target.prepare-restore", func() { t.Error("the target gets ready") })
+	w.nodes["a"].at("source.prepare-checkpoint", func() { t.Error("the source gets ready") })
+	if err := w.sync(t.Context(), clone); err == nil || !strings.Contains(err.Error(), "Pod source can move from node a to node b, with the containers") {
+		t.Errorf("it says %v", err)
+	}
+	w.stayed(t, "DryRun", "can move")
 }
 
 // A kubelet that goes down at any of these points goes on from its journal.

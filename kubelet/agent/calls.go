@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	cri "podmig.dev/podmig/cri-api/migration/v1alpha1"
@@ -214,7 +216,11 @@ func (t *target) copyStream(ctx context.Context, address string) (int64, error) 
 		out.Close()
 		<-closed
 	}()
-	n, err := io.CopyBuffer(onlyWriter{out}, onlyReader{in}, make([]byte, 1<<20))
+	telling, told := context.WithCancel(ctx)
+	var teller sync.WaitGroup
+	teller.Go(func() { t.tellTransfer(telling) })
+	defer func() { told(); teller.Wait() }()
+	n, err := io.CopyBuffer(onlyWriter{out}, counting{in, &t.bytes}, make([]byte, 1<<20))
 	if err != nil {
 		return n, fmt.Errorf("after %d bytes of the checkpoint: %w", n, err)
 	}
@@ -225,6 +231,17 @@ func (t *target) copyStream(ctx context.Context, address string) (int64, error) 
 	return n, nil
 }
 
-// onlyWriter and onlyReader keep io.Copy to the buffer it is given.
+// onlyWriter and counting keep io.Copy to the buffer it is given.
 type onlyWriter struct{ io.Writer }
-type onlyReader struct{ io.Reader }
+
+// counting counts what is read.
+type counting struct {
+	r     io.Reader
+	bytes *atomic.Int64
+}
+
+func (c counting) Read(b []byte) (int, error) {
+	n, err := c.r.Read(b)
+	c.bytes.Add(int64(n))
+	return n, err
+}

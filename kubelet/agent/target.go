@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -30,6 +32,8 @@ type target struct {
 	// admitted is closed when the guard has let go of the clone.
 	admitted chan struct{}
 	admit    sync.Once
+	// bytes of the checkpoint that have arrived.
+	bytes atomic.Int64
 	// create is signalled when the engine wants the clone's containers.
 	create chan struct{}
 
@@ -44,6 +48,8 @@ type target struct {
 	freezing chan struct{}
 	digest   string
 	resumed  int64
+	// frozen is for how long the pod stood still; 0 if that is not known.
+	frozen time.Duration
 	// since is when the phase of a name began.
 	since map[string]time.Time
 }
@@ -102,6 +108,11 @@ func (t *target) outcome() (migration.Outcome, migration.Reason, string) {
 }
 
 func (t *target) createContainers(ctx context.Context, pod *v1.Pod, create func(*v1.Pod) error) {
+	if pod.Annotations[v1alpha1.AnnotationDryRun] != "" {
+		// The source has compared and looked by now, and everything here is still as it was.
+		t.d.post(migration.Cancelled{DryRun: true, Message: t.rehearsed(pod)})
+		return
+	}
 	t.begin("create")
 	if err := create(shell(pod)); err != nil {
 		t.fail(migration.OpCreate, err)
@@ -124,6 +135,61 @@ func (t *target) createContainers(ctx context.Context, pod *v1.Pod, create func(
 	t.end("create")
 	t.d.post(migration.ContainersCreated{SandboxID: sandbox, Containers: cs})
 }
+
+// rehearsed says what a migration would do.
+func (t *target) rehearsed(pod *v1.Pod) string {
+	t.mu.Lock()
+	offer := t.offer
+	t.mu.Unlock()
+	var names []string
+	for _, c := range compare.Moving(&pod.Spec) {
+		names = append(names, c.Name)
+	}
+	id := t.d.identity()
+	text := fmt.Sprintf("Pod %s can move from node %s to node %s, with the containers %s.", id.SourcePod, id.PeerNode, t.a.cfg.Node.Name(), strings.Join(names, ", "))
+	if offer == nil {
+		return text
+	}
+	text += fmt.Sprintf(" They have %d MiB of memory and %d MiB of files.", offer.MemoryBytes>>20, offer.RootfsBytes>>20)
+	for _, f := range offer.Findings {
+		text += " Warning: " + wire.Sentence(f.Message, f.Cure)
+	}
+	return text
+}
+
+// transfer is how much has been moved, for everybody to see.
+func (t *target) transfer() v1.PodCondition {
+	t.mu.Lock()
+	frozen := t.frozen
+	t.mu.Unlock()
+	text := fmt.Sprintf("%s=%d", v1alpha1.TransferBytes, t.bytes.Load())
+	if frozen > 0 {
+		text += fmt.Sprintf(" %s=%d", v1alpha1.TransferFrozen, frozen.Milliseconds())
+	}
+	return v1.PodCondition{Type: v1alpha1.ConditionTransfer, Status: v1.ConditionTrue, Reason: "Measured", Message: text}
+}
+
+// tellTransfer writes how much has been moved, until ctx ends.
+func (t *target) tellTransfer(ctx context.Context) {
+	tick := time.NewTicker(transferInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		t.d.inOrder(func(ctx context.Context) {
+			id := t.d.identity()
+			if err := t.a.cfg.API.PatchStatus(ctx, id.Namespace, id.ClonePod, id.Session, func(st *v1.PodStatus) { setCondition(st, t.transfer()) }); err != nil {
+				t.d.log.V(2).Info("Progress could not be written to the clone", "err", err)
+			}
+		})
+	}
+}
+
+// transferInterval is how often it is told how much has been moved.
+const transferInterval = time.Second
 
 // begin and end measure phases. A phase that begins again, after a request that was
 // lost, counts from its first beginning.
@@ -288,6 +354,9 @@ func (t *target) restore(ctx context.Context) {
 	}
 	t.mu.Lock()
 	t.resumed = slices.Max(append(resumed, 0))
+	if since, ok := t.since["frozen"]; ok {
+		t.frozen = time.Since(since)
+	}
 	t.mu.Unlock()
 	t.end("restore", "frozen")
 	t.d.post(migration.Restored{})
@@ -387,7 +456,7 @@ func (t *target) record(ctx context.Context, e migration.RecordOutcome) {
 	id := t.d.identity()
 	var err error
 	if e.Cloned {
-		err = t.a.recordSuccess(ctx, id, e.Message)
+		err = t.recordSuccess(ctx, id, e.Message)
 	} else {
 		err = t.a.recordFailure(ctx, id, e.Reason, e.Message)
 	}
@@ -405,9 +474,13 @@ func (a *Agent) gone(uid string, err error) bool {
 	return apierrors.IsNotFound(err) || apierrors.IsForbidden(err) && !here
 }
 
-func (a *Agent) recordSuccess(ctx context.Context, id migration.Identity, text string) error {
-	a.event(ctx, id.Namespace, id.ClonePod, id.Session, false, v1alpha1.ReasonCloned, text)
-	return a.cfg.API.PatchStatus(ctx, id.Namespace, id.ClonePod, id.Session, func(st *v1.PodStatus) {
+func (t *target) recordSuccess(ctx context.Context, id migration.Identity, text string) error {
+	t.a.event(ctx, id.Namespace, id.ClonePod, id.Session, false, v1alpha1.ReasonCloned, text)
+	return t.a.cfg.API.PatchStatus(ctx, id.Namespace, id.ClonePod, id.Session, func(st *v1.PodStatus) {
+		if t.bytes.Load() > 0 {
+			// A kubelet that was restarted does not know.
+			setCondition(st, t.transfer())
+		}
 		setCondition(st, v1.PodCondition{Type: conditionCloned, Status: v1.ConditionTrue, Reason: v1alpha1.ReasonCloned, Message: text})
 	})
 }
@@ -424,7 +497,7 @@ func (a *Agent) recordFailure(ctx context.Context, id migration.Identity, reason
 		return err
 	}
 	if pod != nil {
-		a.cfg.Node.Event(ctx, pod, true, string(reason), text)
+		a.cfg.Node.Event(ctx, pod, reason != migration.ReasonDryRun, string(reason), text)
 		a.cfg.Node.Terminate(ctx, pod, change)
 	}
 	a.cfg.Guard.Release(id.Session)

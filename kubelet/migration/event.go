@@ -132,7 +132,12 @@ type (
 	StreamBroken struct{ Message string }
 	// Cancelled reports that the pod of this side is to end: it is deleted or
 	// evicted, or, on the source, one of its containers ended.
-	Cancelled struct{ Message string }
+	Cancelled struct {
+		Message string
+		// DryRun says that it was known from the beginning: everything was found in order,
+		// and that was all that somebody wanted to know.
+		DryRun bool
+	}
 	// PeerFenced reports that the peer's machine is off, on somebody's authority.
 	PeerFenced struct{ Message string }
 )

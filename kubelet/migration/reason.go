@@ -42,9 +42,11 @@ const (
 	ReasonJournalFailed     Reason = "JournalFailed"
 	ReasonDeadlineExceeded  Reason = "DeadlineExceeded"
 	ReasonCancelled         Reason = "Cancelled"
-	ReasonKubeletRestarted  Reason = "KubeletRestarted"
-	ReasonRuntimeRestarted  Reason = "RuntimeRestarted"
-	ReasonOwnershipRevoked  Reason = "OwnershipRevoked"
+	// ReasonDryRun: it was only to be found out whether the pod can be moved, and it can.
+	ReasonDryRun           Reason = "DryRun"
+	ReasonKubeletRestarted Reason = "KubeletRestarted"
+	ReasonRuntimeRestarted Reason = "RuntimeRestarted"
+	ReasonOwnershipRevoked Reason = "OwnershipRevoked"
 
 	// ReasonAborted: the source runs on, the migration ended before the commit.
 	ReasonAborted Reason = "MigrationAborted"

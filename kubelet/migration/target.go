@@ -409,7 +409,11 @@ func (t *Target) before(e Event) bool {
 	switch e := e.(type) {
 	case Cancelled:
 		t.cancelled = true
-		t.abort(ReasonCancelled, e.Message, true)
+		reason := ReasonCancelled
+		if e.DryRun {
+			reason = ReasonDryRun
+		}
+		t.abort(reason, e.Message, true)
 	case PeerFenced:
 		t.fenced = true
 		t.abort(ReasonSourceLost, e.Message, false)

@@ -168,7 +168,7 @@ func next(p *corev1.Pod, all []v1alpha1.PodMigration, now time.Time) (wait time.
 		if m.Spec.PodName != p.Name || m.Status.SourcePodUID != "" && m.Status.SourcePodUID != p.UID {
 			continue
 		}
-		if !m.Status.Phase.Over() || m.Status.Phase == v1alpha1.PhaseSucceeded {
+		if !m.Status.Phase.Over() || m.Status.Phase == v1alpha1.PhaseSucceeded && !m.Spec.DryRun {
 			// Also one that somebody else has ordered.
 			return 0, -1, ""
 		}

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -325,6 +326,10 @@ func (r *Migrations) create(ctx context.Context, m *v1alpha1.PodMigration, sourc
 	delete(annotations, v1alpha1.AnnotationCancel)
 	annotations[v1alpha1.AnnotationOrigin], annotations[annotationMigration] = origin, m.Name
 	annotations[v1alpha1.AnnotationSource] = source.GetName()
+	delete(annotations, v1alpha1.AnnotationDryRun)
+	if m.Spec.DryRun {
+		annotations[v1alpha1.AnnotationDryRun] = "true"
+	}
 	c.SetAnnotations(annotations)
 	// Whoever owns the source owns the clone from the start: it would stay behind if the
 	// owner were deleted meanwhile.
@@ -361,6 +366,7 @@ func (r *Migrations) create(ctx context.Context, m *v1alpha1.PodMigration, sourc
 // follow reads from the clone how far it is.
 func (r *Migrations) follow(ctx context.Context, m *v1alpha1.PodMigration, p *corev1.Pod) (time.Duration, error) {
 	cloned := condition(p, v1alpha1.ConditionCloned)
+	measure(m, condition(p, v1alpha1.ConditionTransfer))
 	switch {
 	case cloned != nil && cloned.Status == corev1.ConditionTrue:
 		end(m, v1alpha1.PhaseSucceeded, cloned.Reason, fmt.Sprintf("Pod %s on node %s has taken over.", p.Name, p.Spec.NodeName))
@@ -397,6 +403,24 @@ func (r *Migrations) follow(ctx context.Context, m *v1alpha1.PodMigration, p *co
 		return time.Second, r.cancel(ctx, p)
 	}
 	return left, nil
+}
+
+// measure takes over how much was moved.
+func measure(m *v1alpha1.PodMigration, c *corev1.PodCondition) {
+	if c == nil {
+		return
+	}
+	for text := range strings.FieldsSeq(c.Message) {
+		key, value, _ := strings.Cut(text, "=")
+		n, err := strconv.ParseInt(value, 10, 64)
+		switch {
+		case err != nil:
+		case key == v1alpha1.TransferBytes:
+			m.Status.TransferredBytes = n
+		case key == v1alpha1.TransferFrozen:
+			m.Status.FrozenMilliseconds = &n
+		}
+	}
 }
 
 // began is when the clone was ordered.
@@ -460,6 +484,8 @@ func (r *Migrations) failed(ctx context.Context, m *v1alpha1.PodMigration, reaso
 		phase, reason, message = v1alpha1.PhaseRolledBack, m.Status.Reason, m.Status.Message
 	case reason == v1alpha1.ReasonCancelled:
 		phase = v1alpha1.PhaseCancelled
+	case reason == v1alpha1.ReasonDryRun:
+		phase = v1alpha1.PhaseSucceeded
 	case froze || !refusal(reason):
 		phase = v1alpha1.PhaseRolledBack
 	}
@@ -493,7 +519,7 @@ func end(m *v1alpha1.PodMigration, phase v1alpha1.Phase, reason, message string)
 func (r *Migrations) settle(ctx context.Context, m *v1alpha1.PodMigration) (ctrl.Result, error) {
 	unfinished := false
 	switch {
-	case m.Status.Phase == v1alpha1.PhaseSucceeded:
+	case m.Status.Phase == v1alpha1.PhaseSucceeded && !m.Spec.DryRun:
 		var err error
 		if unfinished, err = r.removeSource(ctx, m); err != nil {
 			return ctrl.Result{}, err

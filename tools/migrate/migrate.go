@@ -87,6 +87,7 @@ type options struct {
 	priority int32
 	noWait   bool
 	cancel   bool
+	dryRun   string
 	output   string
 
 	// from is the node to be emptied, scope the namespace of the pods, empty for all, and pods
@@ -120,6 +121,7 @@ is the worst of all pods, in the order 5, 4, 3, 6; a pod that is left counts as 
 		Example: `  kubectl migrate redis                      # to any other node
   kubectl migrate redis node2 -n shop
   kubectl migrate redis --node-selector disk=ssd --timeout 2m
+  kubectl migrate redis --dry-run=server     # can it, and what would be moved?
   kubectl migrate redis --cancel
   kubectl migrate --from node1               # all pods of node1
   kubectl migrate --from node1 --to node2 -n shop --selector app=redis`,
@@ -140,6 +142,7 @@ is the worst of all pods, in the order 5, 4, 3, 6; a pod that is left counts as 
 	f.Int32Var(&o.priority, "priority", 0, "order among migrations that wait for their turn, highest first")
 	f.BoolVar(&o.noWait, "no-wait", false, "print the name of the migration and do not follow it; with --from, order those that may begin now")
 	f.BoolVar(&o.cancel, "cancel", false, "cancel the pod's migrations, or those of all pods of the node; they run on where they are")
+	f.StringVar(&o.dryRun, "dry-run", "none", "server: only find out whether the pod can be moved, as far as that is seen without freezing it")
 	f.StringVarP(&o.output, "output", "o", "", "print the migration as name, json, yaml or wide instead of the new pod's name")
 	o.completeFlags(cmd)
 	return cmd
@@ -174,6 +177,10 @@ func (o *options) check() error {
 		return fmt.Errorf("--from and --to are both %s: name another node", o.to)
 	case o.from == "" && (o.pods != "" || o.noCordon):
 		return errors.New("--selector and --no-cordon need --from")
+	case o.dryRun != "none" && o.dryRun != "server":
+		return fmt.Errorf("--dry-run is %q: give server or none; what stands in the way is known to the two nodes only", o.dryRun)
+	case o.dryRun == "server" && (o.from != "" || o.noWait || o.cancel):
+		return errors.New("--dry-run=server is for one pod and waits for the answer: leave out --from, --no-wait and --cancel")
 	case o.timeout < time.Second:
 		return fmt.Errorf("--timeout is %s: give a second or more", o.timeout)
 	case o.output != "" && !slices.Contains(outputs, o.output):
@@ -227,6 +234,11 @@ func (o *options) run(ctx context.Context) error {
 		return explain(o.cancelAll(ctx, c, namespace))
 	}
 	m := o.migration(namespace, o.pod)
+	if o.dryRun == "server" {
+		// Nobody needs a record of it.
+		m.Spec.DryRun, m.Spec.TTLSecondsAfterFinished = true, new(int32)
+		*m.Spec.TTLSecondsAfterFinished = 60
+	}
 	if err := c.Create(ctx, m); err != nil {
 		return explain(err)
 	}
@@ -242,6 +254,9 @@ func (o *options) run(ctx context.Context) error {
 	}
 	if ended.Status.Phase != v1alpha1.PhaseSucceeded {
 		return errors.Join(o.printObject(ended), &EndedError{Pod: o.pod, Phase: ended.Status.Phase, Reason: ended.Status.Reason, Message: ended.Status.Message})
+	}
+	if ended.Spec.DryRun {
+		return o.print(ended, ended.Status.Message)
 	}
 	return o.print(ended, "pod/"+ended.Status.ClonePodName)
 }
@@ -270,6 +285,7 @@ const deletedMessage = "Somebody has deleted the migration."
 // follow tells what happens to a migration and returns it when it is over.
 func (o *options) follow(ctx context.Context, c client.WithWatch, m *v1alpha1.PodMigration) (*v1alpha1.PodMigration, error) {
 	began, last := time.Now(), ""
+	var rate meter
 	gone := &EndedError{Pod: m.Spec.PodName, Phase: v1alpha1.PhaseCancelled, Reason: v1alpha1.ReasonCancelled, Message: deletedMessage}
 	there := func(s toolscache.Store) (bool, error) {
 		if len(s.List()) == 0 {
@@ -285,9 +301,10 @@ func (o *options) follow(ctx context.Context, c client.WithWatch, m *v1alpha1.Po
 		if now.UID != m.UID || e.Type == watch.Deleted {
 			return false, gone
 		}
-		line := fmt.Sprintf("%s %s", now.Status.Phase, now.Status.Message)
+		text := strings.TrimSpace(now.Status.Message + "  " + rate.read(now, time.Now()))
+		line := fmt.Sprintf("%s %s", now.Status.Phase, text)
 		if now.Status.Phase != "" && line != last {
-			fmt.Fprintf(o.errOut, "%6.1fs  %-12s  %s\n", time.Since(began).Seconds(), now.Status.Phase, now.Status.Message)
+			fmt.Fprintf(o.errOut, "%6.1fs  %-12s  %s\n", time.Since(began).Seconds(), now.Status.Phase, text)
 			last = line
 		}
 		return now.Status.Phase.Over(), nil

@@ -130,6 +130,8 @@ func TestArguments(t *testing.T) {
 		{"redis node1 --node-selector a=b", "not both"},
 		{"redis --timeout 10ms", "a second or more"},
 		{"redis -o table", "name, json, yaml, wide"},
+		{"redis --dry-run=client", "give server or none"},
+		{"--from node1 --dry-run=server", "for one pod"},
 		{"redis --from node1", "give a pod or --from"},
 		{"--from node1 --to node1", "name another node"},
 		{"redis node1 --to node2", "not both"},
@@ -173,6 +175,30 @@ func TestOutput(t *testing.T) {
 			if !strings.Contains(out.String(), want) {
 				t.Errorf("%s: it printed\n%s", tt.output, &out)
 			}
+		}
+	}
+}
+
+func TestMeter(t *testing.T) {
+	var r meter
+	frozen := int64(139)
+	for _, tt := range []struct {
+		phase  v1alpha1.Phase
+		bytes  int64
+		at     int64
+		frozen *int64
+		want   string
+	}{
+		{v1alpha1.PhasePreparing, 0, 1, nil, ""},
+		{v1alpha1.PhaseTransferring, 300 << 10, 2, nil, "(300 KiB)"},
+		{v1alpha1.PhaseTransferring, 100<<20 + 300<<10, 4, nil, "(100 MiB, 50 MiB/s)"},
+		// Nothing new is not a rate of zero.
+		{v1alpha1.PhaseTransferring, 100<<20 + 300<<10, 5, nil, "(100 MiB)"},
+		{v1alpha1.PhaseSucceeded, 120 << 20, 6, &frozen, "(120 MiB, frozen for 139 ms)"},
+	} {
+		m := &v1alpha1.PodMigration{Status: v1alpha1.PodMigrationStatus{Phase: tt.phase, TransferredBytes: tt.bytes, FrozenMilliseconds: tt.frozen}}
+		if got := r.read(m, time.Unix(tt.at, 0)); got != tt.want {
+			t.Errorf("%d bytes: %q, want %q", tt.bytes, got, tt.want)
 		}
 	}
 }

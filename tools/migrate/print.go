@@ -104,3 +104,34 @@ func printTable(w io.Writer, wide bool, rows []metav1.TableRow) error {
 	}}
 	return printers.NewTablePrinter(printers.PrintOptions{Wide: wide}).PrintObj(t, w)
 }
+
+// meter says how much was moved, and how fast.
+type meter struct {
+	bytes int64
+	at    time.Time
+}
+
+func (r *meter) read(m *v1alpha1.PodMigration, now time.Time) string {
+	bytes := m.Status.TransferredBytes
+	if bytes == 0 {
+		return ""
+	}
+	text := size(bytes)
+	if took := now.Sub(r.at).Seconds(); bytes > r.bytes && r.bytes > 0 && took > 0 && m.Status.Phase == v1alpha1.PhaseTransferring {
+		text += fmt.Sprintf(", %s/s", size(int64(float64(bytes-r.bytes)/took)))
+	}
+	if bytes > r.bytes {
+		r.bytes, r.at = bytes, now
+	}
+	if f := m.Status.FrozenMilliseconds; f != nil {
+		text += fmt.Sprintf(", frozen for %d ms", *f)
+	}
+	return "(" + text + ")"
+}
+
+func size(bytes int64) string {
+	if bytes < 10<<20 {
+		return fmt.Sprintf("%d KiB", bytes>>10)
+	}
+	return fmt.Sprintf("%d MiB", bytes>>20)
+}

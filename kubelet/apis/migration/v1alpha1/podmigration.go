@@ -20,6 +20,8 @@ import (
 // +kubebuilder:printcolumn:name="Source",type=string,JSONPath=`.status.sourceNode`
 // +kubebuilder:printcolumn:name="Target",type=string,JSONPath=`.status.targetNode`
 // +kubebuilder:printcolumn:name="Clone",type=string,JSONPath=`.status.clonePodName`
+// +kubebuilder:printcolumn:name="Bytes",type=integer,priority=1,JSONPath=`.status.transferredBytes`
+// +kubebuilder:printcolumn:name="Frozen-ms",type=integer,priority=1,JSONPath=`.status.frozenMilliseconds`
 // +kubebuilder:printcolumn:name="Reason",type=string,priority=1,JSONPath=`.status.reason`
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 type PodMigration struct {
@@ -57,6 +59,11 @@ type PodMigrationSpec struct {
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=86400
 	TimeoutSeconds int32 `json:"timeoutSeconds,omitempty"`
+	// DryRun only finds out whether the pod can be moved now, with everything that is checked
+	// before a freeze: the clone is scheduled, the two kubelets compare, the runtime looks at the
+	// processes. The migration ends Succeeded with the reason DryRun and a message, or Refused.
+	// +optional
+	DryRun bool `json:"dryRun,omitempty"`
 	// TTLSecondsAfterFinished is when a migration that is over is deleted; without it, it stays.
 	// +optional
 	// +kubebuilder:validation:Minimum=0
@@ -142,6 +149,13 @@ type PodMigrationStatus struct {
 	// TargetNode is where the clone is.
 	// +optional
 	TargetNode string `json:"targetNode,omitempty"`
+	// TransferredBytes of the checkpoint have reached the target.
+	// +optional
+	TransferredBytes int64 `json:"transferredBytes,omitempty"`
+	// FrozenMilliseconds is for how long the pod stood still; missing if a kubelet restarted
+	// meanwhile. Clients wait about so long, and until they are told of the new address.
+	// +optional
+	FrozenMilliseconds *int64 `json:"frozenMilliseconds,omitempty"`
 }
 
 // PodMigrationList is a list of migrations.
@@ -171,6 +185,21 @@ const LabelSourceUID = "podmig.dev/source-uid"
 // migration. Before the source is given away the kubelet does, and the source runs on;
 // afterwards the clone goes on as if nothing had been asked. (A deletion ends the pod.)
 const AnnotationCancel = "podmig.dev/cancel"
+
+// AnnotationDryRun, on a clone with any value, asks its kubelet to end the migration before
+// anything is done: with the reason DryRun if the pod could be moved.
+const AnnotationDryRun = "podmig.dev/dry-run"
+
+// ConditionTransfer of a clone has in its message how much was moved, as KEY=NUMBER
+// separated by spaces.
+const (
+	ConditionTransfer = "podmig.dev/Transfer"
+	// TransferBytes have arrived so far.
+	TransferBytes = "bytes"
+	// TransferFrozen is for how many milliseconds the pod stood still, from the request to freeze
+	// to the resumed clone.
+	TransferFrozen = "frozenMilliseconds"
+)
 
 // FinalizerCancel is on migrations that run: a deletion waits until the clone is gone.
 const FinalizerCancel = "podmig.dev/cancel"

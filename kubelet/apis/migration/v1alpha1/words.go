@@ -38,6 +38,7 @@ const (
 	ReasonJournalFailed     = "JournalFailed"
 	ReasonDeadlineExceeded  = "DeadlineExceeded"
 	ReasonCancelled         = "Cancelled"
+	ReasonDryRun            = "DryRun"
 	ReasonKubeletRestarted  = "KubeletRestarted"
 	ReasonRuntimeRestarted  = "RuntimeRestarted"
 	ReasonOwnershipRevoked  = "OwnershipRevoked"
