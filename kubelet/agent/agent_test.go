@@ -391,7 +391,7 @@ func TestDryRun(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	clone := w.pair()
-	clone.Annotations = map[string]string{v1alpha1.AnnotationDryRun: "true"}
+	clone.Annotations[v1alpha1.AnnotationDryRun] = "true"
 	w.nodes["b"].at("target.prepare-restore", func() { t.Error("the target gets ready") })
 	w.nodes["a"].at("source.prepare-checkpoint", func() { t.Error("the source gets ready") })
 	if err := w.sync(t.Context(), clone); err == nil || !strings.Contains(err.Error(), "Pod source can move from node a to node b, with the containers") {
