@@ -116,6 +116,39 @@ func TestMigrate(t *testing.T) {
 			}
 		}
 	})
+	t.Run("what was measured", func(t *testing.T) {
+		for _, m := range migrations(ctx, t, k) {
+			if m.Status.TransferredBytes < 1<<10 || m.Status.FrozenMilliseconds == nil || *m.Status.FrozenMilliseconds <= 0 {
+				t.Errorf("migration %s: %+v", m.Name, m.Status)
+			}
+		}
+	})
+	t.Run("dry run", func(t *testing.T) {
+		p := start(ctx, t, k, "counter-0", counterPod(""))
+		before := getJSON[counterState](ctx, t, p, 8080, "/status")
+		out, _, code := migrate(ctx, t, k, p.Name, "--dry-run=server")
+		if code != 0 || !strings.HasPrefix(out, "Pod counter-0 can move from node node1 to node node2, with the containers counter. They have ") {
+			t.Errorf("a pod that can be moved: %d, %q", code, out)
+		}
+		start(ctx, t, k, "multipath", strings.Replace(counterPod(`{name: GODEBUG, value: "multipathtcp=2"}`), "counter-0", "multipath", 1))
+		if _, progress, code := migrate(ctx, t, k, "multipath", "--dry-run=server"); code != 3 || !strings.Contains(progress, "multipath TCP") {
+			t.Errorf("a pod that cannot: %d", code)
+		}
+		undisturbed(ctx, t, k, p, before)
+		until(ctx, t, "the clones of the dry runs are gone", func() error {
+			for _, m := range migrations(ctx, t, k) {
+				if _, err := k.Pod(ctx, m.Status.ClonePodName); m.Spec.DryRun && !apierrors.IsNotFound(err) {
+					return fmt.Errorf("clone %s is there: %w", m.Status.ClonePodName, err)
+				}
+			}
+			return nil
+		})
+		for _, e := range k.Events(ctx, p.Name) {
+			if e.Type == v1.EventTypeWarning && e.Reason != "Unhealthy" {
+				t.Errorf("a dry run alarms: %s: %s", e.Reason, e.Message)
+			}
+		}
+	})
 	t.Run("refused", func(t *testing.T) {
 		if _, progress, code := migrate(ctx, t, k, "nobody"); code != 3 || !strings.Contains(progress, `no pod "nobody"`) {
 			t.Errorf("a pod that does not exist: %d", code)
