@@ -62,6 +62,10 @@ type observed struct {
 	// elsewhere has the labels of the pods of migrations whose pods are not among ours; nil if
 	// there is no such pod.
 	elsewhere map[types.UID]labels.Set
+	// most is what a budget allowed when it was first seen, and at least one: while a clone is ready
+	// and its source has not said yet that it has ended, both count as healthy, and the budget
+	// allows one more than there is.
+	most map[types.UID]int32
 	// settled tells of clones whether they are ready, have ended or are gone.
 	settled map[types.NamespacedName]bool
 }
@@ -70,7 +74,7 @@ func newObserved() *observed {
 	return &observed{
 		pods: map[types.UID]*corev1.Pod{}, migrations: map[types.UID]*v1alpha1.PodMigration{}, budgets: map[types.UID]*policyv1.PodDisruptionBudget{},
 		gone: map[types.UID]bool{}, ordered: map[types.UID]types.UID{}, rejected: map[types.UID]string{}, elsewhere: map[types.UID]labels.Set{},
-		settled: map[types.NamespacedName]bool{},
+		settled: map[types.NamespacedName]bool{}, most: map[types.UID]int32{},
 	}
 }
 
@@ -93,6 +97,9 @@ func (s *observed) seeMigration(m *v1alpha1.PodMigration, gone bool) {
 
 func (s *observed) seeBudget(b *policyv1.PodDisruptionBudget, gone bool) {
 	s.budgets[b.UID] = b
+	if _, known := s.most[b.UID]; !known {
+		s.most[b.UID] = max(1, b.Status.DisruptionsAllowed)
+	}
 	if gone {
 		delete(s.budgets, b.UID)
 	}
@@ -295,6 +302,9 @@ func (s *observed) held(p *corev1.Pod, used map[types.UID]int32) string {
 		if b.Status.ObservedGeneration < b.Generation {
 			// The number is of an older budget.
 			allowed = 0
+		}
+		if most, ok := s.most[b.UID]; ok {
+			allowed = min(allowed, most)
 		}
 		if used[b.UID] >= allowed {
 			return fmt.Sprintf("PodDisruptionBudget %s holds it back: it allows %d, and %d of its pods are under way.", b.Name, allowed, used[b.UID])

@@ -127,6 +127,14 @@ func TestRows(t *testing.T) {
 	}{
 		{"all at once without budgets", func(*observed) {}, "a starts, b starts, c starts"},
 		{"as many as a budget allows", func(s *observed) { s.seeBudget(budget("web", "web", 2), false) }, "a starts, b starts, c waits"},
+		{"no more than it allowed at first", func(s *observed) {
+			s.seeBudget(budget("web", "web", 1), false)
+			s.seeBudget(budget("web", "web", 2), false)
+		}, "a starts, b waits, c waits"},
+		{"one if it allowed none at first", func(s *observed) {
+			s.seeBudget(budget("web", "web", 0), false)
+			s.seeBudget(budget("web", "web", 2), false)
+		}, "a starts, b waits, c waits"},
 		{"none if it allows none", func(s *observed) { s.seeBudget(budget("web", "web", 0), false) }, "a waits, b waits, c waits"},
 		{"a budget of other pods", func(s *observed) { s.seeBudget(budget("db", "db", 0), false) }, "a starts, b starts, c starts"},
 		{"a budget of another namespace", func(s *observed) {
