@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -217,6 +218,72 @@ func TestMigrate(t *testing.T) {
 		p, err := k.Pod(ctx, "ballast")
 		if err != nil || p.Status.Phase != v1.PodRunning || p.Status.ContainerStatuses[0].RestartCount != 0 {
 			t.Errorf("the pod is %v, %v", p, err)
+		}
+	})
+	t.Run("no place on the target", func(t *testing.T) {
+		// Whoever is created before the clone may take the place; whoever is created after it not.
+		big := strings.NewReplacer("counter-0", "big", "imagePullPolicy: Never", "imagePullPolicy: Never\n    resources: {requests: {memory: BYTES}}").Replace(counterPod(""))
+		n, err := k.Client.CoreV1().Nodes().Get(ctx, node2, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		more := fmt.Sprint(n.Status.Allocatable.Memory().Value()/2 + 1)
+		p := start(ctx, t, k, "big", strings.Replace(big, "BYTES", more, 1))
+		start(ctx, t, k, "other", strings.NewReplacer("name: big", "name: other", "node1", "node2", "BYTES", more).Replace(big))
+		if _, progress, code := migrate(ctx, t, k, "big", "--timeout=2s"); code != 3 || !strings.Contains(progress, "Insufficient memory") {
+			t.Errorf("with no place: %d", code)
+		}
+		if now, err := k.Pod(ctx, p.Name); err != nil || now.Status.Phase != v1.PodRunning {
+			t.Errorf("the pod is %v, %v", now, err)
+		}
+		if err := k.Delete(ctx, "other"); err != nil {
+			t.Fatal(err)
+		}
+		if out, _, code := migrate(ctx, t, k, "big"); code != 0 {
+			t.Errorf("with a place: %d, %s", code, out)
+		}
+	})
+	t.Run("freeze budget and eviction", func(t *testing.T) {
+		writing := strings.NewReplacer("name: ballast}", "name: writing}", `value: "1500"`, `value: "300"`, "env: [", `env: [{name: BALLAST_DIRTY_MB_PER_SECOND, value: "3000"}, `).Replace(ballastPod)
+		p := start(ctx, t, k, "writing", writing)
+		if _, progress, code := migrate(ctx, t, k, p.Name, "--freeze-budget=5ms"); code != 4 || !strings.Contains(progress, "it may for 5ms: move it when it writes less") {
+			t.Errorf("a pod that writes too much: %d", code)
+		}
+		now, err := k.Pod(ctx, p.Name)
+		if err != nil || now.Status.Phase != v1.PodRunning || now.DeletionTimestamp != nil || now.Status.ContainerStatuses[0].RestartCount != 0 {
+			t.Errorf("the pod is %v, %v", now, err)
+		}
+		for _, e := range k.Events(ctx, p.Name) {
+			if e.Reason == v1alpha1.EventFrozen {
+				t.Error("it was frozen")
+			}
+		}
+		if _, _, code := migrate(ctx, t, k, p.Name, "--freeze-budget=5ms", "--on-failure=Evict"); code != 4 {
+			t.Errorf("with eviction: %d", code)
+		}
+		until(ctx, t, "it is evicted", func() error {
+			_, err := k.Pod(ctx, p.Name)
+			if apierrors.IsNotFound(err) {
+				return nil
+			}
+			return fmt.Errorf("it is there: %w", err)
+		})
+	})
+	t.Run("the controller's metrics", func(t *testing.T) {
+		list, err := k.Client.CoreV1().Pods("podmig-system").List(ctx, metav1.ListOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := false
+		for i := range list.Items {
+			text, err := ask(ctx, http.MethodGet, &list.Items[i], 8080, "/metrics")
+			found = found || err == nil && strings.Contains(text, `controller_runtime_reconcile_total{controller="podmigration"`)
+			if _, err := ask(ctx, http.MethodGet, &list.Items[i], 8081, "/healthz"); err != nil {
+				t.Error(err)
+			}
+		}
+		if !found {
+			t.Error("nobody serves metrics of migrations")
 		}
 	})
 	t.Run("validation", func(t *testing.T) {

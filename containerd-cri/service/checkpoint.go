@@ -69,6 +69,8 @@ type checkpointSession struct {
 	rounds chan struct{}
 	memory []runtime.Memory
 	round  uint32
+	// late is how long the rest would take if that is more than budget; rounds guards it.
+	budget, late time.Duration
 	// manifest and its digest are there after the freeze.
 	manifest *checkpoint.Manifest
 	digest   string
@@ -127,6 +129,9 @@ func (s *Service) PrepareCheckpoint(ctx context.Context, r *migration.PrepareChe
 	if err != nil {
 		return nil, err
 	}
+	if r.FreezeBudget < 0 {
+		return nil, invalid("the freeze budget is %d", r.FreezeBudget)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if old := s.checkpoints[r.SessionId]; old != nil {
@@ -162,6 +167,7 @@ func (s *Service) PrepareCheckpoint(ctx context.Context, r *migration.PrepareChe
 		created:          time.Now(),
 		conn:             make(chan struct{}),
 		rounds:           make(chan struct{}),
+		budget:           time.Duration(r.FreezeBudget),
 	}
 	for _, c := range cs {
 		session.Containers = append(session.Containers, c.Container)
@@ -238,10 +244,46 @@ const (
 	enoughPages = 4 << 20 / checkpoint.PageSize
 )
 
+// pace decides after each round whether there is another one.
+type pace struct {
+	// budget is for how long the rest may take in the freeze; 0 for any time.
+	budget time.Duration
+
+	rounds int
+	pages  uint64
+	took   time.Duration
+}
+
+// round takes in what the last round was. late is how long the rest would take if that is
+// more than the budget and further rounds would not help.
+func (p *pace) round(pages uint64, took time.Duration) (ready bool, late time.Duration) {
+	before := *p
+	p.rounds, p.pages, p.took = p.rounds+1, pages, took
+	if pages <= enoughPages {
+		return true, 0
+	}
+	if before.rounds == 0 {
+		return false, 0
+	}
+	// What this round has sent was written during the one before. So much is written per
+	// second now, too, and it is sent as fast.
+	left := time.Duration(float64(took) * float64(took) / float64(max(before.took, 1)))
+	if p.budget > 0 && left <= p.budget {
+		return true, 0
+	}
+	if p.rounds == maxRounds || pages > before.pages*7/10 {
+		if p.budget > 0 {
+			late = left
+		}
+		return true, late
+	}
+	return false, 0
+}
+
 // sendRounds sends memory while the containers run, until what is left is little or does
 // not shrink any more. A round that is cut short is still one: what it sent counts.
 func (c *checkpointSession) sendRounds(ctx context.Context) error {
-	var before uint64
+	pace := pace{budget: c.budget}
 	for ready := false; !ready; c.round++ {
 		sent := make([]uint64, len(c.memory))
 		start := time.Now()
@@ -260,8 +302,8 @@ func (c *checkpointSession) sendRounds(ctx context.Context) error {
 		for _, n := range sent {
 			r.Pages += n
 		}
-		ready = err != nil || r.Pages <= enoughPages || c.round+1 == maxRounds || c.round > 0 && r.Pages > before*7/10
-		before = r.Pages
+		ready, c.late = pace.round(r.Pages, time.Since(start))
+		ready = ready || err != nil
 		r.Ready = ready && ctx.Err() == nil
 		if err := c.out.Round(r); err != nil {
 			return err
@@ -301,6 +343,10 @@ func (s *Service) FreezeCheckpoint(ctx context.Context, r *migration.FreezeCheck
 	defer context.AfterFunc(ctx, func() { _ = c.stream.SetDeadline(time.Unix(1, 0)) })()
 	c.stop()
 	<-c.rounds
+	if c.late > 0 {
+		return nil, precondition("the pod writes so much that it would stand still for %s until the rest is sent, and it may for %s: move it when it writes less, or give it more time",
+			c.late.Round(time.Millisecond), c.budget)
+	}
 
 	res, err := s.freeze(ctx, c)
 	end := phaseSent

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -356,6 +357,53 @@ func TestErrors(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A pod that writes faster than its budget allows is not frozen at all.
+func TestFreezeBudget(t *testing.T) {
+	for _, budget := range []time.Duration{0, 1} {
+		w := newWorld(t)
+		w.rt.Writes = 100 * enoughPages
+		w.rt.Fail = func(_ context.Context, method string) error {
+			if method == "Freeze" && budget > 0 {
+				t.Error("it is frozen")
+			}
+			return nil
+		}
+		s, client := w.serve(t)
+		p := w.pod(t, 1, StateRunning)
+		r, err := client.PrepareCheckpoint(t.Context(), &migration.PrepareCheckpointRequest{
+			SessionId: "s", PodSandboxId: p.SandboxID, Containers: p.Containers, StreamVersion: migration.StreamVersion, FreezeBudget: int64(budget),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn, err := net.Dial("unix", strings.TrimPrefix(r.StreamAddress, "unix://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		go func() { _, _ = io.Copy(io.Discard, conn) }()
+		<-s.checkpoints["s"].rounds
+		_, err = client.FreezeCheckpoint(t.Context(), &migration.FreezeCheckpointRequest{SessionId: "s"})
+		if budget == 0 && err != nil || budget > 0 && (status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "it may for 1ns: move it when it writes less")) {
+			t.Errorf("with a budget of %s: %v", budget, err)
+		}
+		if _, err := client.FinishCheckpoint(t.Context(), &migration.FinishCheckpointRequest{SessionId: "s", Outcome: migration.Outcome_OUTCOME_RESUME}); err != nil {
+			t.Error(err)
+		}
+		if _, err := w.rt.Count(p.Containers[0].ContainerId); err != nil {
+			t.Error(err)
+		}
+	}
+	w := newWorld(t)
+	_, client := w.serve(t)
+	p := w.pod(t, 1, StateRunning)
+	if _, err := client.PrepareCheckpoint(t.Context(), &migration.PrepareCheckpointRequest{
+		SessionId: "s", PodSandboxId: p.SandboxID, Containers: p.Containers, StreamVersion: migration.StreamVersion, FreezeBudget: -1,
+	}); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("a negative budget: %v", err)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 	"k8s.io/klog/v2"
 
 	cri "podmig.dev/podmig/cri-api/migration/v1alpha1"
+	"podmig.dev/podmig/kubelet/apis/migration/v1alpha1"
 	"podmig.dev/podmig/kubelet/compare"
 	"podmig.dev/podmig/kubelet/deferral"
 	"podmig.dev/podmig/kubelet/migration"
@@ -112,6 +114,10 @@ func (a *Agent) Open(ctx context.Context, c peer.Call, r *wire.OpenRequest) (*wi
 	if err := comparison(compare.Pods(pod, clone, time.Now())); err != nil {
 		return nil, err
 	}
+	budget, err := freezeBudget(clone)
+	if err != nil {
+		return nil, err
+	}
 	if added := a.cfg.Node.AddedPrivileges(clone, pod); len(added) > 0 {
 		return nil, wire.Errorf(wire.CodeForbidden, "the clone has privileges that its source lacks: %s", added[0])
 	}
@@ -129,7 +135,7 @@ func (a *Agent) Open(ctx context.Context, c peer.Call, r *wire.OpenRequest) (*wi
 	s, err := a.begin(a.locate(ctx, migration.Identity{
 		Session: c.ID, Namespace: c.Namespace, SourcePod: c.Pod, SourceUID: r.SourceUID,
 		ClonePod: clone.Name, PeerNode: c.Caller.Node, SandboxID: sandbox, Containers: containers,
-	}), offer)
+	}), offer, budget)
 	if err != nil {
 		return nil, err
 	}
@@ -137,6 +143,23 @@ func (a *Agent) Open(ctx context.Context, c peer.Call, r *wire.OpenRequest) (*wi
 		return nil, err
 	}
 	return offer, nil
+}
+
+// freezeBudget reads what the clone says about the freeze; 0 if it says nothing.
+func freezeBudget(clone *v1.Pod) (time.Duration, error) {
+	text, ok := clone.Annotations[v1alpha1.AnnotationFreezeBudget]
+	if !ok {
+		return 0, nil
+	}
+	ms, err := strconv.ParseUint(text, 10, 31)
+	if err != nil || ms == 0 {
+		return 0, &wire.Error{
+			Code:    wire.CodeMismatch,
+			Message: fmt.Sprintf("the annotation %s of the clone is %q, which is no number of milliseconds", v1alpha1.AnnotationFreezeBudget, text),
+			Cure:    "give a whole number above 0, or leave the annotation out",
+		}
+	}
+	return time.Duration(ms) * time.Millisecond, nil
 }
 
 // authorise makes sure that the caller is the node of a clone that names the source
@@ -335,7 +358,7 @@ func (a *Agent) preflight(ctx context.Context, sandbox string, containers []migr
 }
 
 // begin makes the machine, unless another session has the pod.
-func (a *Agent) begin(id migration.Identity, offer *wire.OpenResponse) (*source, error) {
+func (a *Agent) begin(id migration.Identity, offer *wire.OpenResponse, budget time.Duration) (*source, error) {
 	a.mu.Lock()
 	other, busy := a.pods[id.SourceUID]
 	if !busy {
@@ -356,7 +379,7 @@ func (a *Agent) begin(id migration.Identity, offer *wire.OpenResponse) (*source,
 		}
 	}
 	s := a.addSource(migration.NewSource(id, a.cfg.Deadlines))
-	s.offer = offer
+	s.offer, s.budget = offer, budget
 	a.cfg.Metrics.sourceBegan()
 	return s, nil
 }

@@ -28,6 +28,8 @@ type source struct {
 	m *migration.Source
 	// offer is the answer to open; it is the same however often it is asked.
 	offer *wire.OpenResponse
+	// budget is for how long the pod may stand still until what it has written is sent.
+	budget time.Duration
 
 	mu       sync.Mutex
 	requests map[migration.RequestID]chan<- reply
@@ -292,6 +294,7 @@ func (s *source) prepare(ctx context.Context) {
 		SessionId:     id.Session,
 		PodSandboxId:  id.SandboxID,
 		StreamVersion: cri.StreamVersion,
+		FreezeBudget:  int64(s.budget),
 	}
 	for _, c := range id.Containers {
 		req.Containers = append(req.Containers, &cri.CheckpointContainer{ContainerId: c.ID, Name: c.Name})

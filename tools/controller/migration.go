@@ -11,6 +11,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	policyv1 "k8s.io/api/policy/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -326,6 +327,10 @@ func (r *Migrations) create(ctx context.Context, m *v1alpha1.PodMigration, sourc
 	delete(annotations, v1alpha1.AnnotationCancel)
 	annotations[v1alpha1.AnnotationOrigin], annotations[annotationMigration] = origin, m.Name
 	annotations[v1alpha1.AnnotationSource] = source.GetName()
+	delete(annotations, v1alpha1.AnnotationFreezeBudget)
+	if b := m.Spec.FreezeBudgetMilliseconds; b != nil {
+		annotations[v1alpha1.AnnotationFreezeBudget] = strconv.Itoa(int(*b))
+	}
 	delete(annotations, v1alpha1.AnnotationDryRun)
 	if m.Spec.DryRun {
 		annotations[v1alpha1.AnnotationDryRun] = "true"
@@ -532,12 +537,19 @@ func (r *Migrations) settle(ctx context.Context, m *v1alpha1.PodMigration) (ctrl
 			return ctrl.Result{}, fmt.Errorf("delete the clone that failed: %w", err)
 		}
 	}
+	held, err := r.evict(ctx, m)
+	if err != nil {
+		return ctrl.Result{}, err
+	}
 	if controllerutil.ContainsFinalizer(m, v1alpha1.FinalizerCancel) {
 		before := m.DeepCopy()
 		controllerutil.RemoveFinalizer(m, v1alpha1.FinalizerCancel)
 		if err := r.Patch(ctx, m, client.MergeFrom(before)); err != nil {
 			return ctrl.Result{}, client.IgnoreNotFound(err)
 		}
+	}
+	if held {
+		return ctrl.Result{RequeueAfter: evictInterval}, nil
 	}
 	if m.Spec.TTLSecondsAfterFinished == nil || !m.DeletionTimestamp.IsZero() {
 		return ctrl.Result{}, nil
@@ -550,6 +562,37 @@ func (r *Migrations) settle(ctx context.Context, m *v1alpha1.PodMigration) (ctrl
 		return ctrl.Result{RequeueAfter: 10 * time.Second}, nil
 	}
 	return ctrl.Result{}, client.IgnoreNotFound(r.Delete(ctx, m, client.Preconditions{UID: &m.UID}))
+}
+
+// evictInterval is when a pod that may not be evicted now is tried again.
+const evictInterval = 5 * time.Second
+
+// evict evicts a pod that could not be moved, if the migration says so. It is held while a
+// disruption budget forbids it.
+func (r *Migrations) evict(ctx context.Context, m *v1alpha1.PodMigration) (held bool, err error) {
+	failed := m.Status.Phase == v1alpha1.PhaseRefused || m.Status.Phase == v1alpha1.PhaseRolledBack
+	if !failed || m.Spec.OnFailure != v1alpha1.FailureEvict || m.Spec.DryRun || !m.DeletionTimestamp.IsZero() || m.Status.SourcePodUID == "" {
+		return false, nil
+	}
+	source, err := r.source(ctx, m)
+	if err != nil || source == nil || source.GetDeletionTimestamp() != nil || phaseOf(source) != string(corev1.PodRunning) {
+		return false, err
+	}
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: m.Namespace, Name: m.Spec.PodName}}
+	err = r.SubResource("eviction").Create(ctx, pod, &policyv1.Eviction{
+		ObjectMeta:    metav1.ObjectMeta{Namespace: m.Namespace, Name: m.Spec.PodName},
+		DeleteOptions: &metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &m.Status.SourcePodUID}},
+	})
+	switch {
+	case apierrors.IsTooManyRequests(err):
+		return true, nil
+	case apierrors.IsNotFound(err), apierrors.IsConflict(err):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("evict the pod that could not be moved: %w", err)
+	}
+	r.Recorder.Eventf(m, pod, corev1.EventTypeNormal, "Evicted", "Migrate", "Pod %s could not be moved and is evicted, as onFailure asks.", m.Spec.PodName)
+	return false, nil
 }
 
 // ended is when a migration that is over ended.

@@ -88,7 +88,10 @@ type options struct {
 	noWait   bool
 	cancel   bool
 	dryRun   string
-	output   string
+	budget   time.Duration
+	// onFailure is a word of the API.
+	onFailure string
+	output    string
 
 	// from is the node to be emptied, scope the namespace of the pods, empty for all, and pods
 	// the label selector that they match.
@@ -142,6 +145,8 @@ is the worst of all pods, in the order 5, 4, 3, 6; a pod that is left counts as 
 	f.Int32Var(&o.priority, "priority", 0, "order among migrations that wait for their turn, highest first")
 	f.BoolVar(&o.noWait, "no-wait", false, "print the name of the migration and do not follow it; with --from, order those that may begin now")
 	f.BoolVar(&o.cancel, "cancel", false, "cancel the pod's migrations, or those of all pods of the node; they run on where they are")
+	f.DurationVar(&o.budget, "freeze-budget", 0, "for how long the pod may stand still until the memory that it still writes is sent; it is not frozen if that would take longer")
+	f.StringVar(&o.onFailure, "on-failure", string(v1alpha1.FailureRunOn), "what becomes of a pod that cannot be moved: RunOn or Evict")
 	f.StringVar(&o.dryRun, "dry-run", "none", "server: only find out whether the pod can be moved, as far as that is seen without freezing it")
 	f.StringVarP(&o.output, "output", "o", "", "print the migration as name, json, yaml or wide instead of the new pod's name")
 	o.completeFlags(cmd)
@@ -181,6 +186,10 @@ func (o *options) check() error {
 		return fmt.Errorf("--dry-run is %q: give server or none; what stands in the way is known to the two nodes only", o.dryRun)
 	case o.dryRun == "server" && (o.from != "" || o.noWait || o.cancel):
 		return errors.New("--dry-run=server is for one pod and waits for the answer: leave out --from, --no-wait and --cancel")
+	case o.budget != 0 && o.budget < time.Millisecond:
+		return fmt.Errorf("--freeze-budget is %s: give a millisecond or more", o.budget)
+	case o.onFailure != string(v1alpha1.FailureRunOn) && o.onFailure != string(v1alpha1.FailureEvict):
+		return fmt.Errorf("--on-failure is %q: give %s or %s", o.onFailure, v1alpha1.FailureRunOn, v1alpha1.FailureEvict)
 	case o.timeout < time.Second:
 		return fmt.Errorf("--timeout is %s: give a second or more", o.timeout)
 	case o.output != "" && !slices.Contains(outputs, o.output):
@@ -263,12 +272,18 @@ func (o *options) run(ctx context.Context) error {
 
 // migration is the order to move a pod.
 func (o *options) migration(namespace, pod string) *v1alpha1.PodMigration {
-	return &v1alpha1.PodMigration{
+	m := &v1alpha1.PodMigration{
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, GenerateName: pod + "-"},
 		Spec: v1alpha1.PodMigrationSpec{
 			PodName: pod, TargetNode: o.to, NodeSelector: o.selector, TimeoutSeconds: int32(o.timeout / time.Second), Priority: o.priority,
+			OnFailure: v1alpha1.OnFailure(o.onFailure),
 		},
 	}
+	if o.budget > 0 {
+		ms := int32(o.budget.Milliseconds())
+		m.Spec.FreezeBudgetMilliseconds = &ms
+	}
+	return m
 }
 
 // explain tells what is missing in a cluster that knows no migrations.

@@ -131,6 +131,8 @@ func TestArguments(t *testing.T) {
 		{"redis --timeout 10ms", "a second or more"},
 		{"redis -o table", "name, json, yaml, wide"},
 		{"redis --dry-run=client", "give server or none"},
+		{"redis --freeze-budget 10us", "a millisecond or more"},
+		{"redis --on-failure Retry", "give RunOn or Evict"},
 		{"--from node1 --dry-run=server", "for one pod"},
 		{"redis --from node1", "give a pod or --from"},
 		{"--from node1 --to node1", "name another node"},

@@ -19,6 +19,8 @@ import (
 
 // Runtime implements runtime.Runtime. The zero value is ready to use.
 type Runtime struct {
+	// Writes is how many pages each round finds written, beside the one that it sends.
+	Writes uint64
 	// Fail, when set, is asked with the method's name before the work.
 	Fail func(ctx context.Context, method string) error
 	// Memory is how many bytes of memory every container has.
@@ -179,7 +181,7 @@ func (m *memory) Round(ctx context.Context, out *checkpoint.Writer, round uint32
 	if err := m.r.fail(ctx, "Round"); err != nil {
 		return 0, err
 	}
-	return 1, m.send(out, round)
+	return 1 + m.r.Writes, m.send(out, round)
 }
 
 // Close implements runtime.Memory.

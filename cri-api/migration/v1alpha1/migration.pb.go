@@ -720,7 +720,12 @@ type PrepareCheckpointRequest struct {
 	// One of FeaturesResponse.stream_versions.
 	StreamVersion uint32 `protobuf:"varint,5,opt,name=stream_version,json=streamVersion,proto3" json:"stream_version,omitempty"`
 	// Keys are prefixed with a domain; unknown keys are refused.
-	Options       map[string]string `protobuf:"bytes,6,rep,name=options,proto3" json:"options,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Options map[string]string `protobuf:"bytes,6,rep,name=options,proto3" json:"options,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// For how long, in nanoseconds, the frozen containers may wait until memory that they have
+	// written since the last round is sent; 0 for any time. FreezeCheckpoint fails, and
+	// freezes nothing, if the rounds have shown that it would take longer. What else a freeze
+	// costs (CRIU, files, the restore) is not part of it.
+	FreezeBudget  int64 `protobuf:"varint,7,opt,name=freeze_budget,json=freezeBudget,proto3" json:"freeze_budget,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -795,6 +800,13 @@ func (x *PrepareCheckpointRequest) GetOptions() map[string]string {
 		return x.Options
 	}
 	return nil
+}
+
+func (x *PrepareCheckpointRequest) GetFreezeBudget() int64 {
+	if x != nil {
+		return x.FreezeBudget
+	}
+	return 0
 }
 
 type PrepareCheckpointResponse struct {
@@ -1602,7 +1614,7 @@ const file_migration_proto_rawDesc = "" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"9\n" +
 	"\x06Volume\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
-	"\thost_path\x18\x02 \x01(\tR\bhostPath\"\xb7\x03\n" +
+	"\thost_path\x18\x02 \x01(\tR\bhostPath\"\xdc\x03\n" +
 	"\x18PrepareCheckpointRequest\x12\x1d\n" +
 	"\n" +
 	"session_id\x18\x01 \x01(\tR\tsessionId\x12$\n" +
@@ -1612,7 +1624,8 @@ const file_migration_proto_rawDesc = "" +
 	"containers\x12?\n" +
 	"\avolumes\x18\x04 \x03(\v2%.podmig.cri.migration.v1alpha1.VolumeR\avolumes\x12%\n" +
 	"\x0estream_version\x18\x05 \x01(\rR\rstreamVersion\x12^\n" +
-	"\aoptions\x18\x06 \x03(\v2D.podmig.cri.migration.v1alpha1.PrepareCheckpointRequest.OptionsEntryR\aoptions\x1a:\n" +
+	"\aoptions\x18\x06 \x03(\v2D.podmig.cri.migration.v1alpha1.PrepareCheckpointRequest.OptionsEntryR\aoptions\x12#\n" +
+	"\rfreeze_budget\x18\a \x01(\x03R\ffreezeBudget\x1a:\n" +
 	"\fOptionsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"B\n" +

@@ -59,6 +59,20 @@ type PodMigrationSpec struct {
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=86400
 	TimeoutSeconds int32 `json:"timeoutSeconds,omitempty"`
+	// FreezeBudgetMilliseconds is for how long the pod may stand still until the memory that it
+	// has written since it was sent last has been sent again. A pod that writes so much that it
+	// would take longer is not frozen: the migration is rolled back. Without it, it takes as long as
+	// it takes. What else a freeze costs (saving and restoring processes, files) is not part of it.
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=600000
+	FreezeBudgetMilliseconds *int32 `json:"freezeBudgetMilliseconds,omitempty"`
+	// OnFailure is what becomes of the pod if it cannot be moved and was not lost: RunOn leaves it
+	// where it is, Evict evicts it, as its disruption budgets allow, so that its owner starts
+	// another one.
+	// +optional
+	// +kubebuilder:default=RunOn
+	OnFailure OnFailure `json:"onFailure,omitempty"`
 	// DryRun only finds out whether the pod can be moved now, with everything that is checked
 	// before a freeze: the clone is scheduled, the two kubelets compare, the runtime looks at the
 	// processes. The migration ends Succeeded with the reason DryRun and a message, or Refused.
@@ -74,6 +88,19 @@ type PodMigrationSpec struct {
 	// +kubebuilder:validation:Maximum=1000
 	Priority int32 `json:"priority,omitempty"`
 }
+
+// OnFailure is what becomes of a pod that could not be moved.
+//
+// +kubebuilder:validation:Enum=RunOn;Evict
+type OnFailure string
+
+// What can become of it.
+const (
+	// FailureRunOn leaves the pod alone.
+	FailureRunOn OnFailure = "RunOn"
+	// FailureEvict evicts the pod.
+	FailureEvict OnFailure = "Evict"
+)
 
 // Phase is how far a migration is.
 //
@@ -189,6 +216,10 @@ const AnnotationCancel = "podmig.dev/cancel"
 // AnnotationDryRun, on a clone with any value, asks its kubelet to end the migration before
 // anything is done: with the reason DryRun if the pod could be moved.
 const AnnotationDryRun = "podmig.dev/dry-run"
+
+// AnnotationFreezeBudget, on a clone, is for how many milliseconds its source may stand still
+// until what it has written in the last round is sent.
+const AnnotationFreezeBudget = "podmig.dev/freeze-budget-milliseconds"
 
 // ConditionTransfer of a clone has in its message how much was moved, as KEY=NUMBER
 // separated by spaces.

@@ -219,6 +219,11 @@ func (in *PodMigrationSpec) DeepCopyInto(out *PodMigrationSpec) {
 			(*out)[key] = val
 		}
 	}
+	if in.FreezeBudgetMilliseconds != nil {
+		in, out := &in.FreezeBudgetMilliseconds, &out.FreezeBudgetMilliseconds
+		*out = new(int32)
+		**out = **in
+	}
 	if in.TTLSecondsAfterFinished != nil {
 		in, out := &in.TTLSecondsAfterFinished, &out.TTLSecondsAfterFinished
 		*out = new(int32)
