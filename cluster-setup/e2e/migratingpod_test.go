@@ -332,3 +332,75 @@ func TestGateOff(t *testing.T) {
 		}
 	})
 }
+
+// The node of a MigratingPod is lost: as long as nobody says that it is off, its pod may
+// still run, so no other one is started. Then it starts from the template and says so.
+func TestNodeLost(t *testing.T) {
+	ctx, k := begin(t, 4*time.Minute)
+	install(ctx, t)
+	apply(ctx, t, k, migratingRedis)
+	isRunning(ctx, t, k, "redis", "redis-0")
+	if p, err := k.Pod(ctx, "redis-0"); err != nil || p.Spec.NodeName != node1 {
+		t.Fatalf("it is %v, %v", p, err)
+	}
+	if err := k.Cluster.SetLink(node1, false); err != nil {
+		t.Fatal(err)
+	}
+	nodes := k.Client.CoreV1().Nodes()
+	taint := func(ctx context.Context, suffix string) error {
+		_, err := k.Kubectl(ctx, "taint", "node", node1, v1.TaintNodeOutOfService+suffix)
+		return err
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		defer cancel()
+		if err := k.Cluster.SetLink(node1, true); err != nil {
+			t.Error(err)
+		}
+		_ = taint(ctx, "-")
+		until(ctx, t, "the node is back", func() error {
+			n, err := nodes.Get(ctx, node1, metav1.GetOptions{})
+			if err == nil && (nodeReady(n) != v1.ConditionTrue || len(n.Spec.Taints) > 0) {
+				err = fmt.Errorf("it is %v with %v", nodeReady(n), n.Spec.Taints)
+			}
+			return err
+		})
+	})
+	until(ctx, t, "nothing is heard of the node", func() error {
+		n, err := nodes.Get(ctx, node1, metav1.GetOptions{})
+		if err == nil && nodeReady(n) != v1.ConditionUnknown {
+			err = fmt.Errorf("it is ready: %s", nodeReady(n))
+		}
+		return err
+	})
+	remove(ctx, t, k, "redis-0")
+	until(ctx, t, "it is to move", func() error {
+		mp := migratingPod(ctx, t, k, "redis")
+		if mp.Status.State != v1alpha1.StateMigrationPending && mp.Status.State != v1alpha1.StateMigrating {
+			return fmt.Errorf("it is %+v", mp.Status)
+		}
+		return nil
+	})
+	if err := taint(ctx, "=nodeshutdown:NoExecute"); err != nil {
+		t.Fatal(err)
+	}
+	var mp *v1alpha1.MigratingPod
+	until(ctx, t, "another one runs", func() error {
+		mp = migratingPod(ctx, t, k, "redis")
+		if mp.Status.State != v1alpha1.StateRunning || mp.Status.NodeName != node2 || !apimeta.IsStatusConditionTrue(mp.Status.Conditions, v1alpha1.ConditionColdStarted) {
+			return fmt.Errorf("it is %+v", mp.Status)
+		}
+		return nil
+	})
+	if mp.Status.Moves != 0 {
+		t.Errorf("it has moved %d times", mp.Status.Moves)
+	}
+}
+
+func nodeReady(n *v1.Node) v1.ConditionStatus {
+	i := slices.IndexFunc(n.Status.Conditions, func(c v1.NodeCondition) bool { return c.Type == v1.NodeReady })
+	if i < 0 {
+		return v1.ConditionUnknown
+	}
+	return n.Status.Conditions[i].Status
+}

@@ -650,3 +650,59 @@ func TestTTL(t *testing.T) {
 		})
 	}
 }
+
+// A pod that could not be moved is evicted only if the migration says so.
+func TestEvict(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		change  func(m *v1alpha1.PodMigration)
+		evicted bool
+	}{
+		{"rolled back", func(*v1alpha1.PodMigration) {}, true},
+		{"refused", func(m *v1alpha1.PodMigration) { m.Status.Phase = v1alpha1.PhaseRefused }, true},
+		{"runs on", func(m *v1alpha1.PodMigration) { m.Spec.OnFailure = v1alpha1.FailureRunOn }, false},
+		{"cancelled", func(m *v1alpha1.PodMigration) { m.Status.Phase = v1alpha1.PhaseCancelled }, false},
+		{"dry run", func(m *v1alpha1.PodMigration) { m.Spec.DryRun = true }, false},
+		{"another pod", func(m *v1alpha1.PodMigration) { m.Status.SourcePodUID = "another" }, false},
+		{"refused before the pod was known", func(m *v1alpha1.PodMigration) { m.Status.Phase, m.Status.SourcePodUID = v1alpha1.PhaseRefused, "" }, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			m := migration("move")
+			m.Spec.OnFailure = v1alpha1.FailureEvict
+			m.Status.Phase, m.Status.SourcePodUID = v1alpha1.PhaseRolledBack, "uid-of-redis"
+			tt.change(m)
+			w := newWorld(t, sourcePod(), m)
+			w.reconcile("move")
+			if got := len(w.pods()) == 0; got != tt.evicted {
+				t.Errorf("evicted %v", got)
+			}
+		})
+	}
+}
+
+// As long as a disruption budget forbids the eviction it is tried again.
+func TestEvictIsHeld(t *testing.T) {
+	m := migration("move")
+	m.Spec.OnFailure = v1alpha1.FailureEvict
+	m.Status.Phase, m.Status.SourcePodUID = v1alpha1.PhaseRolledBack, "uid-of-redis"
+	w := newWorld(t, sourcePod(), m)
+	held := true
+	w.r.Client = interceptor.NewClient(w.Client.(client.WithWatch), interceptor.Funcs{
+		SubResourceCreate: func(ctx context.Context, c client.Client, sub string, o, s client.Object, opts ...client.SubResourceCreateOption) error {
+			if held {
+				return apierrors.NewTooManyRequests("the budget", 0)
+			}
+			return c.SubResource(sub).Create(ctx, o, s, opts...)
+		},
+	})
+	request := ctrl.Request{NamespacedName: client.ObjectKey{Namespace: ns, Name: "move"}}
+	for range 2 {
+		if r, err := w.r.Reconcile(t.Context(), request); err != nil || r.RequeueAfter != evictInterval || len(w.pods()) != 1 {
+			t.Errorf("%+v, %v, %d pods", r, err, len(w.pods()))
+		}
+	}
+	held = false
+	if r, err := w.r.Reconcile(t.Context(), request); err != nil || r.RequeueAfter != 0 || len(w.pods()) != 0 {
+		t.Errorf("%+v, %v, %d pods", r, err, len(w.pods()))
+	}
+}
