@@ -150,7 +150,7 @@ func TestPod(t *testing.T) {
 		t.Fatal(err)
 	}
 	q := checkpointRequest(p, dir)
-	q.Options = map[string]string{VolumeOption + "data": p.Volumes[0].HostPath}
+	q.Options = map[string]string{migration.VolumeOption + "data": p.Volumes[0].HostPath}
 	if err := os.WriteFile(filepath.Join(p.Volumes[0].HostPath, "v"), []byte("volume"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -182,7 +182,7 @@ func TestPod(t *testing.T) {
 	for _, restart := range []bool{false, true} {
 		data := t.TempDir()
 		r := restoreRequest(dir, "c1", "c0")
-		r.Options = map[string]string{VolumeOption + "data": data}
+		r.Options = map[string]string{migration.VolumeOption + "data": data}
 		res, err := s.RestorePod(minute(t), r)
 		if err != nil {
 			t.Fatal(err)
@@ -248,7 +248,7 @@ func TestCheckpointPodRefuses(t *testing.T) {
 		code   codes.Code
 	}{
 		{"an unknown option", func(q *cri.CheckpointPodRequest) { q.Options = map[string]string{"x": "y"} }, codes.InvalidArgument},
-		{"a volume without a directory", func(q *cri.CheckpointPodRequest) { q.Options = map[string]string{VolumeOption + "v": "v"} }, codes.InvalidArgument},
+		{"a volume without a directory", func(q *cri.CheckpointPodRequest) { q.Options = map[string]string{migration.VolumeOption + "v": "v"} }, codes.InvalidArgument},
 		{"a relative path", func(q *cri.CheckpointPodRequest) { q.OutputPath = "x" }, codes.InvalidArgument},
 		{"a path with dots", func(q *cri.CheckpointPodRequest) { q.OutputPath = dir + "/../x" }, codes.InvalidArgument},
 		{"a directory that is not there", func(q *cri.CheckpointPodRequest) { q.OutputPath = dir + "/x" }, codes.InvalidArgument},
@@ -423,7 +423,7 @@ func TestRestorePodRefuses(t *testing.T) {
 	}
 	cases := []testCase{
 		{"an unknown option", whole, func(q *cri.RestorePodRequest) { q.Options = map[string]string{"x": "y"} }, codes.InvalidArgument},
-		{"a volume that the checkpoint lacks", whole, func(q *cri.RestorePodRequest) { q.Options = map[string]string{VolumeOption + "v": whole} }, codes.FailedPrecondition},
+		{"a volume that the checkpoint lacks", whole, func(q *cri.RestorePodRequest) { q.Options = map[string]string{migration.VolumeOption + "v": whole} }, codes.FailedPrecondition},
 		{"no configuration", whole, func(q *cri.RestorePodRequest) { q.Config = nil }, codes.InvalidArgument},
 		{"no containers", whole, func(q *cri.RestorePodRequest) { q.ContainerConfigs = nil }, codes.InvalidArgument},
 		{"a container less", whole, func(q *cri.RestorePodRequest) { q.ContainerConfigs = q.ContainerConfigs[1:] }, codes.FailedPrecondition},

@@ -27,25 +27,20 @@ import (
 // more, to be read before anything is created. The manifest is written last, so a
 // checkpoint that was cut off has none.
 const (
-	podStream   = "checkpoint.stream"
-	podManifest = "manifest.json"
-	// podSession names the session in the streams of these checkpoints.
-	podSession = "pod"
+	podStream   = migration.PodStream
+	podManifest = migration.PodManifest
+	podSession  = migration.PodSession
 	// podPrefix begins the names of their sessions in this process.
 	podPrefix = "podmig.dev/pod/"
 )
-
-// VolumeOption begins the options that name a volume whose content belongs to the
-// checkpoint: the rest of the key is its name, the value its directory on the node.
-const VolumeOption = "podmig.dev/volume."
 
 // podOptions reads the options of both calls.
 func podOptions(options map[string]string) ([]*migration.Volume, error) {
 	var vs []*migration.Volume
 	for k, v := range options {
-		name, ok := strings.CutPrefix(k, VolumeOption)
+		name, ok := strings.CutPrefix(k, migration.VolumeOption)
 		if !ok {
-			return nil, invalid("unknown option %q, known is %sNAME", k, VolumeOption)
+			return nil, invalid("unknown option %q, known is %sNAME", k, migration.VolumeOption)
 		}
 		vs = append(vs, &migration.Volume{Name: name, HostPath: v})
 	}

@@ -250,7 +250,7 @@ func sameVolumes(m *checkpoint.Manifest, vs []*migration.Volume) error {
 		want = append(want, v.Name)
 	}
 	if !slices.Equal(have, want) {
-		return precondition("the checkpoint holds the volumes %q, the options %sNAME name %q", have, VolumeOption, want)
+		return precondition("the checkpoint holds the volumes %q, the options %sNAME name %q", have, migration.VolumeOption, want)
 	}
 	return nil
 }

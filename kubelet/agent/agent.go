@@ -49,8 +49,10 @@ type Config struct {
 	API        API
 	Containers Containers
 	Runtime    cri.MigrationServiceClient
-	Journal    Journal
-	Guard      *guard.Guard
+	// Checkpointer is the same runtime.
+	Checkpointer Checkpointer
+	Journal      Journal
+	Guard        *guard.Guard
 	// Dial connects to the kubelet of a node at HOST:PORT and proves that it is that
 	// node.
 	Dial func(node, address string) (Peer, error)
@@ -77,7 +79,10 @@ type Agent struct {
 	mu      sync.Mutex
 	sources map[string]*source // by session
 	// pods has the session of each source pod, by UID: one at a time.
-	pods    map[string]string
+	pods map[string]string
+	// takings has the pods of which a checkpoint is being written, by UID. A pod is never
+	// here and in pods.
+	takings map[string]*taking
 	targets map[string]*target // by session, which is the UID of the clone
 	// cloned has the clones that run, until the API server's copy of them says so.
 	cloned map[string]bool
@@ -95,6 +100,7 @@ func New(ctx context.Context, cfg Config) *Agent {
 		cfg: cfg, ctx: ctx, close: cancel,
 		sources:   make(map[string]*source),
 		pods:      make(map[string]string),
+		takings:   make(map[string]*taking),
 		targets:   make(map[string]*target),
 		cloned:    make(map[string]bool),
 		suspended: make(map[string]bool),

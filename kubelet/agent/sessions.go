@@ -121,6 +121,13 @@ func (a *Agent) Open(ctx context.Context, c peer.Call, r *wire.OpenRequest) (*wi
 	if added := a.cfg.Node.AddedPrivileges(clone, pod); len(added) > 0 {
 		return nil, wire.Errorf(wire.CodeForbidden, "the clone has privileges that its source lacks: %s", added[0])
 	}
+	// A preflight of a pod that stands still for a checkpoint would find other things.
+	a.mu.Lock()
+	err = a.taken(r.SourceUID)
+	a.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
 	offer, err := a.features(ctx, pod, r)
 	if err != nil {
 		return nil, err
@@ -361,6 +368,10 @@ func (a *Agent) preflight(ctx context.Context, sandbox string, containers []migr
 func (a *Agent) begin(id migration.Identity, offer *wire.OpenResponse, budget time.Duration) (*source, error) {
 	a.mu.Lock()
 	other, busy := a.pods[id.SourceUID]
+	if err := a.taken(id.SourceUID); err != nil {
+		a.mu.Unlock()
+		return nil, err
+	}
 	if !busy {
 		a.pods[id.SourceUID] = id.Session
 		// What is over is forgotten when the next one begins.

@@ -20,6 +20,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"podmig.dev/podmig/cri-api/migration/migrationtest"
 	cri "podmig.dev/podmig/cri-api/migration/v1alpha1"
@@ -69,6 +70,8 @@ type testNode struct {
 	terminated map[string]bool
 	events     []string
 	point      func(string)
+	// checkpoint is what the runtime does with a whole pod.
+	checkpoint func(context.Context, *runtimeapi.CheckpointPodRequest) error
 }
 
 var deadlines = migration.Deadlines{
@@ -111,7 +114,7 @@ func (n *testNode) start() {
 	}
 	g := guard.New()
 	a := New(context.Background(), Config{
-		Node: n, API: n.w, Containers: n, Runtime: n.client, Journal: j, Guard: g,
+		Node: n, API: n.w, Containers: n, Runtime: n.client, Checkpointer: n, Journal: j, Guard: g,
 		Metrics: NewMetrics(), Deadlines: deadlines, DialStream: DialStream, Draining: n.draining,
 		Dial: func(node, address string) (Peer, error) {
 			if address != node+":10250" {
@@ -250,6 +253,9 @@ func (n *testNode) Of(_ context.Context, podUID string) (string, []Container, er
 		cs[i].Created, cs[i].Running = s == migrationtest.Created, s == migrationtest.Running
 	}
 	return "sandbox-" + podUID, cs, nil
+}
+func (n *testNode) CheckpointPod(ctx context.Context, r *runtimeapi.CheckpointPodRequest) error {
+	return n.checkpoint(ctx, r)
 }
 func (n *testNode) LogPath(context.Context, string) (string, error) { return "", nil }
 func (n *testNode) Stop(_ context.Context, id string) error {

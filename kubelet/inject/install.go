@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -40,6 +41,7 @@ import (
 	"podmig.dev/podmig/kubelet/journal"
 	"podmig.dev/podmig/kubelet/migration"
 	"podmig.dev/podmig/kubelet/peer"
+	"podmig.dev/podmig/kubelet/snapshot"
 	"podmig.dev/podmig/kubelet/wire"
 )
 
@@ -74,6 +76,8 @@ type injector struct {
 	draining bool
 	// containers is the runtime past the guard.
 	containers *containers
+	// snapshots is where checkpoints wait until they are sent.
+	snapshots string
 }
 
 // adjust is called with the connections to the runtime made and the kubelet not yet
@@ -81,6 +85,11 @@ type injector struct {
 func (i *injector) adjust(ctx context.Context, cfg *kubeletconfig.KubeletConfiguration, root string, deps *kubelet.Dependencies) error {
 	logger := klog.FromContext(ctx)
 	i.journal = filepath.Join(root, "migrations")
+	i.snapshots = filepath.Join(root, "podcheckpoints")
+	// They hold memory of pods, so they go also when the gate was switched off meanwhile.
+	if err := snapshot.Clear(i.snapshots); err != nil {
+		logger.Error(err, "Checkpoints that an earlier kubelet has left cannot be removed", "path", i.snapshots)
+	}
 	if !utilfeature.DefaultFeatureGate.Enabled(features.PodMigration) {
 		left, err := left(i.journal)
 		if err != nil {
@@ -184,17 +193,18 @@ func (i *injector) attach(ctx context.Context, kl *kubelet.Kubelet, identity *tl
 		legacyregistry.MustRegister(c)
 	}
 	i.agent = agent.New(ctx, agent.Config{
-		Node:       &node{kl},
-		API:        &apiServer{kl.KubeClient()},
-		Containers: i.containers,
-		Runtime:    i.runtime,
-		Journal:    j,
-		Guard:      i.guard,
-		Metrics:    i.metrics,
-		Point:      faultPoint,
-		Deadlines:  limits,
-		Draining:   i.draining,
-		DialStream: agent.DialStream,
+		Node:         &node{kl},
+		API:          &apiServer{kl.KubeClient()},
+		Containers:   i.containers,
+		Runtime:      i.runtime,
+		Checkpointer: i.containers.runtime,
+		Journal:      j,
+		Guard:        i.guard,
+		Metrics:      i.metrics,
+		Point:        faultPoint,
+		Deadlines:    limits,
+		Draining:     i.draining,
+		DialStream:   agent.DialStream,
 		Dial: func(name, address string) (agent.Peer, error) {
 			cfg := identity.Clone()
 			// The API server's name, which the kubeconfig may give, is not the peer's.
@@ -272,7 +282,7 @@ func (i *injector) handler(ctx context.Context, auth server.AuthInterface) (http
 		// The port without authentication has nothing for other nodes.
 		return nil, nil
 	}
-	s := peer.NewServer(ctx, i.agent, func(r *http.Request) (string, bool) {
+	identify := func(r *http.Request) (string, bool) {
 		// The filter in front has authenticated and authorised this request already and
 		// keeps to itself who it was.
 		info, ok, err := auth.AuthenticateRequest(r)
@@ -280,11 +290,28 @@ func (i *injector) handler(ctx context.Context, auth server.AuthInterface) (http
 			return "", false
 		}
 		return info.User.GetName(), true
-	})
+	}
+	s := peer.NewServer(ctx, i.agent, identify)
 	s.Refused = func(v wire.Verb, c wire.Code) {
 		i.metrics.Refused.WithLabelValues(string(v), string(c)).Inc()
 	}
-	return s, &watched{auth, s.RefusedBefore}
+	h := routes{migrations: s, checkpoints: http.NotFoundHandler()}
+	if !i.draining {
+		h.checkpoints = snapshot.New(ctx, i.agent, i.snapshots, identify)
+	}
+	return h, &watched{auth, s.RefusedBefore}
+}
+
+// routes are what is served below the two paths of the hook.
+type routes struct{ migrations, checkpoints http.Handler }
+
+func (h routes) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	// What the kubelet has authorised as one must not be served as the other.
+	if strings.HasPrefix(r.URL.Path, server.PodCheckpointPath) {
+		h.checkpoints.ServeHTTP(w, r)
+		return
+	}
+	h.migrations.ServeHTTP(w, r)
 }
 
 // nodeIdentity returns with which certificate the kubelet talks to the API server

@@ -11,6 +11,10 @@ const (
 	// Root is the path below which every version lives. A server registers it with
 	// and without the final slash.
 	Root = "/migration/"
+	// PodCheckpoints is the path below which a kubelet serves checkpoints of its pods to
+	// administrators, as NAMESPACE/POD. It is not a part of what kubelets say to each
+	// other, but its errors look the same.
+	PodCheckpoints = "/podcheckpoint/"
 )
 
 // SupportedVersions are the versions that a server of this package answers, best first.

@@ -87,6 +87,10 @@ var Imports = []Rule{
 		Why: "HTTP client and server know the wire contract, not what is decided with it",
 	},
 	{
+		Packages: "kubelet/snapshot", Own: []string{"kubelet/wire", "cri-api/migration/v1alpha1"}, External: []string{"k8s.io/klog/v2"},
+		Why: "who serves memory knows as little as possible of where it comes from",
+	},
+	{
 		Packages: "kubelet/journal", Own: []string{"kubelet/migration"}, External: none,
 		Why: "the journal stores the engine's records on disk and knows no cluster",
 	},
@@ -141,9 +145,21 @@ var Imports = []Rule{
 		Why: "the main is upstream's few lines plus one",
 	},
 	{
-		Packages: "tools/...",
-		Deny:     []string{kubernetes, containerd, nodeRuntime, Module + "/kubelet/inject", Module + "/kubelet/agent"},
-		Why:      "tools work from outside, through the API",
+		Packages: "tools/checkpoint/...", Own: []string{"containerd-cri/checkpoint", "cri-api/migration/v1alpha1", "kubelet/wire"},
+		Deny: []string{kubernetes, containerd}, Why: "who downloads a checkpoint reads its format, which is pure, and nothing else of the node",
+	},
+	{
+		Packages: "tools/cmd/kubectl-checkpoint", Own: []string{"tools/checkpoint"},
+		Why: "the main parses nothing: the plugin is one package",
+	},
+	{
+		Packages: "tools/cmd/kubectl_complete-checkpoint", Own: []string{"tools/checkpoint"},
+		Why: "the main parses nothing: the plugin is one package",
+	},
+	{
+		Packages: "tools/...", Except: []string{"tools/checkpoint/...", "tools/cmd/kubectl-checkpoint", "tools/cmd/kubectl_complete-checkpoint"},
+		Deny: []string{kubernetes, containerd, nodeRuntime, Module + "/kubelet/inject", Module + "/kubelet/agent"},
+		Why:  "tools work from outside, through the API",
 	},
 	{
 		Packages: "cluster-setup/...", Except: []string{"cluster-setup/e2e/..."},

@@ -14,3 +14,18 @@ const StreamVersion uint32 = 1
 // StreamReady is the byte that a runtime writes to the peer of the stream that it
 // receives when the source waits for its freeze.
 const StreamReady byte = 'R'
+
+// A checkpoint of a pod, as the CRI's CheckpointPod writes it into a directory, has two
+// files: the stream that a migration would send, and its manifest once more. The manifest
+// is written last.
+const (
+	PodStream   = "checkpoint.stream"
+	PodManifest = "manifest.json"
+	// PodSession names the session in the streams of these checkpoints.
+	PodSession = "pod"
+)
+
+// VolumeOption begins the options of CheckpointPod and RestorePod that name a volume
+// whose content belongs to the checkpoint: the rest of the key is its name, the value its
+// directory on the node.
+const VolumeOption = "podmig.dev/volume."
