@@ -381,7 +381,10 @@ func (r *Migrations) follow(ctx context.Context, m *v1alpha1.PodMigration, p *co
 			m.Status.Reason, m.Status.Message = s.Reason, s.Message
 		}
 	}
-	m.Status.Phase = phaseFor(reason, p.Spec.NodeName != "")
+	// A kubelet that waits for something tells that by a reason of no phase.
+	if next := phaseFor(reason, p.Spec.NodeName != ""); slices.Index(course, next) > slices.Index(course, m.Status.Phase) {
+		m.Status.Phase = next
+	}
 
 	deadline := r.began(m).Add(time.Duration(m.Spec.TimeoutSeconds) * time.Second)
 	left := deadline.Sub(r.Now())
@@ -405,6 +408,12 @@ func (r *Migrations) began(m *v1alpha1.PodMigration) time.Time {
 		return r.Now()
 	}
 	return m.Status.PhaseTransitions[i].Time.Time
+}
+
+// course has the phases in the order in which they follow each other.
+var course = []v1alpha1.Phase{
+	v1alpha1.PhasePending, v1alpha1.PhaseScheduling, v1alpha1.PhasePreparing,
+	v1alpha1.PhaseTransferring, v1alpha1.PhaseFreezing, v1alpha1.PhaseRestoring,
 }
 
 // phaseFor is the phase of a clone whose condition has a reason.

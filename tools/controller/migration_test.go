@@ -175,7 +175,7 @@ func TestSucceeds(t *testing.T) {
 	if c.GetAnnotations()[v1alpha1.AnnotationCancel] != "" {
 		t.Error("the clone is born cancelled")
 	}
-	for _, reason := range []string{"", "Opening", "Preparing", "Receiving", "Freezing", "Committing", "Restoring"} {
+	for _, reason := range []string{"", "Opening", "Preparing", "Receiving", "Freezing", "Committing", "SourceUnreachable", "Restoring", "MigrationRetrying"} {
 		status := "Unknown"
 		if reason == "" {
 			status = ""
