@@ -281,9 +281,13 @@ func (r *Migrations) missing(ctx context.Context, m *v1alpha1.PodMigration) erro
 // gone ends a migration whose clone somebody has deleted.
 func (r *Migrations) gone(m *v1alpha1.PodMigration, source *unstructured.Unstructured) {
 	phase, reason := v1alpha1.PhaseCancelled, v1alpha1.MigrationCloneGone
-	if m.Status.Reason == v1alpha1.MigrationTimedOut {
+	switch {
+	case m.Status.Reason == v1alpha1.MigrationTimedOut:
 		// It was deleted here, because no node took it.
 		phase, reason = v1alpha1.PhaseRefused, m.Status.Reason
+	case !m.DeletionTimestamp.IsZero():
+		// Here, too, or by somebody else at the same time.
+		reason = v1alpha1.ReasonCancelled
 	}
 	migrated := false
 	if source != nil {

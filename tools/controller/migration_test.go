@@ -345,6 +345,20 @@ func TestCancel(t *testing.T) {
 	}
 }
 
+// The record of a migration that somebody deleted does not blame somebody else.
+func TestCancelSays(t *testing.T) {
+	move := migration("move")
+	move.Finalizers = []string{"example.com/reads"}
+	w := newWorld(t, sourcePod(), move)
+	m := w.reconcile("move")
+	if err := w.Delete(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
+	if m = w.reconcile("move"); m.Status.Phase != v1alpha1.PhaseCancelled || m.Status.Reason != v1alpha1.ReasonCancelled || len(m.Finalizers) != 1 {
+		t.Errorf("it ended %+v, finalizers %v", m.Status, m.Finalizers)
+	}
+}
+
 // A reconciler that stopped at any write goes on without making a second clone.
 func TestRestarts(t *testing.T) {
 	w := newWorld(t, sourcePod(), migration("move"))
