@@ -116,6 +116,9 @@ func (r *Migrations) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Resu
 		m.Status.PhaseTransitions = append(m.Status.PhaseTransitions, v1alpha1.PhaseTransition{Phase: m.Status.Phase, Time: metav1.NewMicroTime(r.Now())})
 		log.FromContext(ctx).Info("Migration goes on", "phase", m.Status.Phase, "reason", m.Status.Reason, "pod", m.Spec.PodName, "clone", m.Status.ClonePodName)
 	}
+	if begun(m) && (wait == 0 || wait > lookAgain) {
+		wait = lookAgain
+	}
 	if equality.Semantic.DeepEqual(m.Status, before.Status) {
 		return ctrl.Result{RequeueAfter: wait}, nil
 	}
@@ -128,6 +131,10 @@ func (r *Migrations) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Resu
 	}
 	return ctrl.Result{RequeueAfter: wait}, nil
 }
+
+// lookAgain is how often a migration that runs is looked at although nothing was heard of its
+// clone: after the API server was away, watches come back up to a minute late.
+const lookAgain = 10 * time.Second
 
 // step looks at a migration and changes its status. The duration is when to look again
 // although nothing happens.

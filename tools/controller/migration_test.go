@@ -359,6 +359,20 @@ func TestCancelSays(t *testing.T) {
 	}
 }
 
+// Nobody has to tell the reconciler that a clone has changed.
+func TestLooksAgain(t *testing.T) {
+	w := newWorld(t, sourcePod(), migration("move"))
+	m := w.reconcile("move")
+	for _, status := range []string{"", "Unknown", "True"} {
+		w.clone(m, "node2", status, "Reason")
+		m = w.reconcile("move")
+		result, err := w.r.Reconcile(t.Context(), ctrl.Request{NamespacedName: client.ObjectKeyFromObject(m)})
+		if again := result.RequeueAfter > 0 && result.RequeueAfter <= lookAgain; err != nil || again == m.Status.Phase.Over() {
+			t.Errorf("%s: %+v, %v", m.Status.Phase, result, err)
+		}
+	}
+}
+
 // A reconciler that stopped at any write goes on without making a second clone.
 func TestRestarts(t *testing.T) {
 	w := newWorld(t, sourcePod(), migration("move"))
