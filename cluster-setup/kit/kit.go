@@ -257,27 +257,40 @@ func (k *Kit) Delete(ctx context.Context, name string) error {
 	if err := pods.Delete(ctx, name, metav1.DeleteOptions{GracePeriodSeconds: &grace}); err != nil && !apierrors.IsNotFound(err) {
 		return fmt.Errorf("delete pod %s: %w", name, err)
 	}
-	w, err := pods.Watch(ctx, metav1.ListOptions{
-		FieldSelector: fields.OneTermEqualSelector("metadata.name", name).String(), ResourceVersion: p.ResourceVersion,
+	for {
+		gone, err := k.seeGone(ctx, p)
+		if gone || err != nil {
+			return err
+		}
+		// The API server ends a watch when it likes.
+		now, err := pods.Get(ctx, name, metav1.GetOptions{})
+		switch {
+		case apierrors.IsNotFound(err), err == nil && now.UID != p.UID:
+			return nil
+		case err != nil:
+			return fmt.Errorf("wait for pod %s to go: %w", name, err)
+		}
+		p = now
+	}
+}
+
+// seeGone watches a pod until it is gone or the watch ends.
+func (k *Kit) seeGone(ctx context.Context, p *v1.Pod) (bool, error) {
+	w, err := k.Client.CoreV1().Pods(p.Namespace).Watch(ctx, metav1.ListOptions{
+		FieldSelector: fields.OneTermEqualSelector("metadata.name", p.Name).String(), ResourceVersion: p.ResourceVersion,
 	})
 	if err != nil {
-		return fmt.Errorf("watch pod %s: %w", name, err)
+		return false, fmt.Errorf("watch pod %s: %w", p.Name, err)
 	}
 	defer w.Stop()
 	for {
 		select {
 		case e, ok := <-w.ResultChan():
-			if !ok {
-				if _, err := pods.Get(ctx, name, metav1.GetOptions{}); apierrors.IsNotFound(err) {
-					return nil
-				}
-				return fmt.Errorf("wait for pod %s to go: the watch ended", name)
-			}
-			if e.Type == watch.Deleted {
-				return nil
+			if !ok || e.Type == watch.Deleted {
+				return ok, nil
 			}
 		case <-ctx.Done():
-			return fmt.Errorf("wait for pod %s to go: %w", name, ctx.Err())
+			return false, fmt.Errorf("wait for pod %s to go: %w", p.Name, ctx.Err())
 		}
 	}
 }

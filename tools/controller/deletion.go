@@ -41,8 +41,6 @@ const (
 	maxAttempts = 6
 	// firstBackoff is how long it waits after the first failure; each time twice as long.
 	firstBackoff = 2 * time.Second
-	// lookAgain is how often a pod that waits is looked at although nothing happens.
-	lookAgain = 10 * time.Second
 	// historySeconds is how long the migrations that it makes are kept.
 	historySeconds = 3600
 )

@@ -118,6 +118,9 @@ func (r *Migrations) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Resu
 		m.Status.PhaseTransitions = append(m.Status.PhaseTransitions, v1alpha1.PhaseTransition{Phase: m.Status.Phase, Time: metav1.NewMicroTime(r.Now())})
 		log.FromContext(ctx).Info("Migration goes on", "phase", m.Status.Phase, "reason", m.Status.Reason, "pod", m.Spec.PodName, "clone", m.Status.ClonePodName)
 	}
+	if begun(m) && (wait == 0 || wait > lookAgain) {
+		wait = lookAgain
+	}
 	if equality.Semantic.DeepEqual(m.Status, before.Status) {
 		return ctrl.Result{RequeueAfter: wait}, nil
 	}
@@ -130,6 +133,10 @@ func (r *Migrations) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Resu
 	}
 	return ctrl.Result{RequeueAfter: wait}, nil
 }
+
+// lookAgain is how often a migration that runs, and a pod that waits, is looked at although nothing
+// was heard of it: after the API server was away, watches come back up to a minute late.
+const lookAgain = 10 * time.Second
 
 // step looks at a migration and changes its status. The duration is when to look again
 // although nothing happens.
@@ -284,9 +291,13 @@ func (r *Migrations) missing(ctx context.Context, m *v1alpha1.PodMigration) erro
 // gone ends a migration whose clone somebody has deleted.
 func (r *Migrations) gone(m *v1alpha1.PodMigration, source *unstructured.Unstructured) {
 	phase, reason := v1alpha1.PhaseCancelled, v1alpha1.MigrationCloneGone
-	if m.Status.Reason == v1alpha1.MigrationTimedOut {
+	switch {
+	case m.Status.Reason == v1alpha1.MigrationTimedOut:
 		// It was deleted here, because no node took it.
 		phase, reason = v1alpha1.PhaseRefused, m.Status.Reason
+	case !m.DeletionTimestamp.IsZero():
+		// Here, too, or by somebody else at the same time.
+		reason = v1alpha1.ReasonCancelled
 	}
 	migrated := false
 	if source != nil {
@@ -393,7 +404,10 @@ func (r *Migrations) follow(ctx context.Context, m *v1alpha1.PodMigration, p *co
 			m.Status.Reason, m.Status.Message = s.Reason, s.Message
 		}
 	}
-	m.Status.Phase = phaseFor(reason, p.Spec.NodeName != "")
+	// A kubelet that waits for something tells that by a reason of no phase.
+	if next := phaseFor(reason, p.Spec.NodeName != ""); slices.Index(course, next) > slices.Index(course, m.Status.Phase) {
+		m.Status.Phase = next
+	}
 
 	deadline := r.began(m).Add(time.Duration(m.Spec.TimeoutSeconds) * time.Second)
 	left := deadline.Sub(r.Now())
@@ -435,6 +449,12 @@ func (r *Migrations) began(m *v1alpha1.PodMigration) time.Time {
 		return r.Now()
 	}
 	return m.Status.PhaseTransitions[i].Time.Time
+}
+
+// course has the phases in the order in which they follow each other.
+var course = []v1alpha1.Phase{
+	v1alpha1.PhasePending, v1alpha1.PhaseScheduling, v1alpha1.PhasePreparing,
+	v1alpha1.PhaseTransferring, v1alpha1.PhaseFreezing, v1alpha1.PhaseRestoring,
 }
 
 // phaseFor is the phase of a clone whose condition has a reason.

@@ -279,7 +279,7 @@ func TestSucceeds(t *testing.T) {
 	if c.GetAnnotations()[v1alpha1.AnnotationCancel] != "" {
 		t.Error("the clone is born cancelled")
 	}
-	for _, reason := range []string{"", "Opening", "Preparing", "Receiving", "Freezing", "Committing", "Restoring"} {
+	for _, reason := range []string{"", "Opening", "Preparing", "Receiving", "Freezing", "Committing", "SourceUnreachable", "Restoring", "MigrationRetrying"} {
 		status := "Unknown"
 		if reason == "" {
 			status = ""
@@ -445,6 +445,34 @@ func TestCancel(t *testing.T) {
 				t.Errorf("pods %v", w.pods())
 			}
 		})
+	}
+}
+
+// The record of a migration that somebody deleted does not blame somebody else.
+func TestCancelSays(t *testing.T) {
+	move := migration("move")
+	move.Finalizers = []string{"example.com/reads"}
+	w := newWorld(t, sourcePod(), move)
+	m := w.reconcile("move")
+	if err := w.Delete(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
+	if m = w.reconcile("move"); m.Status.Phase != v1alpha1.PhaseCancelled || m.Status.Reason != v1alpha1.ReasonCancelled || len(m.Finalizers) != 1 {
+		t.Errorf("it ended %+v, finalizers %v", m.Status, m.Finalizers)
+	}
+}
+
+// Nobody has to tell the reconciler that a clone has changed.
+func TestLooksAgain(t *testing.T) {
+	w := newWorld(t, sourcePod(), migration("move"))
+	m := w.reconcile("move")
+	for _, status := range []string{"", "Unknown", "True"} {
+		w.clone(m, "node2", status, "Reason")
+		m = w.reconcile("move")
+		result, err := w.r.Reconcile(t.Context(), ctrl.Request{NamespacedName: client.ObjectKeyFromObject(m)})
+		if again := result.RequeueAfter > 0 && result.RequeueAfter <= lookAgain; err != nil || again == m.Status.Phase.Over() {
+			t.Errorf("%s: %+v, %v", m.Status.Phase, result, err)
+		}
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -70,6 +71,7 @@ var deadlines = migration.Deadlines{
 var (
 	admin    *kit.Kit
 	watch    *witness
+	mover    *program
 	baseline = map[string]map[string]int{} // by machine
 )
 
@@ -103,13 +105,17 @@ func run(m *testing.M) (code int) {
 		return 1
 	}
 	defer watch.close()
+	defer mover.end(unix.SIGTERM)
 	return m.Run()
 }
+
+// buildDir is where everything is built.
+func buildDir() (string, error) { return filepath.Abs("../../../.build") }
 
 // provide makes the cluster. With PODMIG_FAULTS_CLUSTER set it is made in that folder
 // unless it runs there already, and left running.
 func provide(ctx context.Context) (*cluster.Cluster, func() error, error) {
-	build, err := filepath.Abs("../../../.build")
+	build, err := buildDir()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -193,7 +199,12 @@ func prepare(ctx context.Context, c *cluster.Cluster) error {
 		}
 		free <- l
 	}
-	return nil
+	build, err := buildDir()
+	if err != nil {
+		return err
+	}
+	mover, err = newProgram(ctx, c, filepath.Join(build, "bin"))
+	return err
 }
 
 // ready waits until every daemon runs and both nodes take pods.

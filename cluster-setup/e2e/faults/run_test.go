@@ -36,7 +36,7 @@ const (
 const podYAML = `
 apiVersion: v1
 kind: Pod
-metadata: {name: source}
+metadata: {name: source, labels: {counter: %s}}
 spec:
   nodeName: %s
   terminationGracePeriodSeconds: 1
@@ -64,7 +64,7 @@ const containerYAML = `
 // pod is one of counters that share a folder; the first of several is a sidecar.
 func (f *fault) pod() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, podYAML, f.lane[source])
+	fmt.Fprintf(&b, podYAML, f.counters[0], f.lane[source])
 	for i, name := range f.counters {
 		list, sidecar := "  containers:", ""
 		if i == 0 && len(f.counters) > 1 {
@@ -83,21 +83,28 @@ type scenario struct {
 	name string
 	// before, if set, is called when the source runs and nothing has begun.
 	before func(*fault) error
-	// at is the point: SIDE.EFFECT.
+	// at is the point: SIDE.EFFECT, or one of the places where a PodMigration object waits.
 	at string
+	// held, if set, says that a PodMigration object moves the pod: the phase that it has at
+	// the point. over is the one in which it ends.
+	held, over v1alpha1.Phase
 	// breaks is called while the migration stands at the point.
 	breaks func(*fault) error
 	// after is called when it has been let go.
 	after func(*fault) error
+	// last, if set, is called when everything was looked at, before the pods are removed.
+	last func(*fault) error
 	// ends tells where the pod runs in the end: source, target, or nowhere.
 	ends string
-	// reasons are those of the clone's condition that are possible when it did not take
-	// over; nil if the clone is gone.
+	// reasons are those of the clone's condition, or of the object, that are possible when
+	// it did not take over; nil if the clone is gone.
 	reasons []string
 	// sourceGone, cloneGone: the scenario deletes the pod.
 	sourceGone, cloneGone bool
 	// alone: it breaks what others use.
 	alone bool
+	// lasts is how much longer than others it may take.
+	lasts time.Duration
 	// three: the pod has three containers, one of them a sidecar.
 	three bool
 }
@@ -129,6 +136,8 @@ type fault struct {
 	ctx  context.Context
 	k    *kit.Kit
 	lane lane
+	// clone is the name of the pod that takes over.
+	clone string
 	// counters are the names by which the witness knows the containers.
 	counters []string
 	undo     []func()
@@ -174,36 +183,47 @@ const limit = 40 * time.Second
 const sweep = limit + time.Minute
 
 func (s scenario) run(t *testing.T, l lane) {
+	if err := s.try(t, l); err != nil {
+		t.Errorf("%s: %v", s.at, err)
+	}
+}
+
+// try returns the first thing that went wrong, when everything is put back.
+func (s scenario) try(t *testing.T, l lane) (err error) {
 	began := time.Now()
-	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	ctx, cancel := context.WithTimeout(t.Context(), limit+s.lasts)
 	defer cancel()
 	if err := l.ready(ctx); err != nil {
-		t.Fatal(err)
+		return err
 	}
 	id := "f-" + strings.ToLower(rand.Text()[:8])
 	k, err := admin.In(ctx, id)
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
-	f := &fault{T: t, scenario: s, ctx: ctx, k: k, lane: l, counters: []string{id}}
+	f := &fault{T: t, scenario: s, ctx: ctx, k: k, lane: l, clone: clonePod, counters: []string{id}}
 	if s.three {
 		f.counters = []string{id + "-a", id + "-b", id + "-c"}
 	}
-	defer f.end()
+	defer func() { f.end(err) }()
 	if err := f.move(); err != nil {
-		t.Fatal(err)
+		return err
 	}
-	if err := f.settled(); err != nil {
-		t.Fatal(err)
+	settled := f.settled
+	if s.held != "" {
+		settled = f.objectSettled
+	}
+	if err := settled(); err != nil {
+		return err
 	}
 	var h history
 	for _, name := range f.counters {
 		one, err := watch.check(name)
 		if err != nil {
-			t.Fatal(err)
+			return err
 		}
 		if h.nodes != nil && !slices.Equal(h.nodes, one.nodes) {
-			t.Fatalf("%s ran on %v, another container on %v", name, one.nodes, h.nodes)
+			return fmt.Errorf("%s ran on %v, another container on %v", name, one.nodes, h.nodes)
 		}
 		h = one
 	}
@@ -213,12 +233,16 @@ func (s scenario) run(t *testing.T, l lane) {
 	}
 	if f.ends == "" {
 		if err := f.still(outage); err != nil {
-			t.Fatal(err)
+			return err
 		}
 	} else if !slices.Equal(h.nodes, want) {
-		t.Fatalf("the pod ran on %v, want %v", h.nodes, want)
+		return fmt.Errorf("the pod ran on %v, want %v", h.nodes, want)
 	}
 	t.Logf("%s; %s and %s, %s", h, l[source], l[target], time.Since(began).Round(10*time.Millisecond))
+	if f.last != nil {
+		return f.last(f)
+	}
+	return nil
 }
 
 // move starts a migration and breaks it.
@@ -237,16 +261,26 @@ func (f *fault) move() error {
 			return err
 		}
 	}
-	p, err := f.setPoint(side(f.at), f.at)
+	p, err := f.setHold()
 	if err != nil {
 		return err
 	}
 	defer p.release()
-	if err := f.k.Clone(f.ctx, sourcePod, clone.Options{Name: clonePod, Node: f.lane[target]}); err != nil {
+	if f.held != "" {
+		err = f.order(migrationName, v1alpha1.PodMigrationSpec{PodName: sourcePod, TargetNode: f.lane[target]})
+	} else {
+		err = f.k.Clone(f.ctx, sourcePod, clone.Options{Name: clonePod, Node: f.lane[target]})
+	}
+	if err != nil {
 		return err
 	}
 	if err := p.reached(f.ctx); err != nil {
 		return err
+	}
+	if f.held != "" {
+		if err := f.objectHeld(); err != nil {
+			return err
+		}
 	}
 	if err := f.breaks(f); err != nil {
 		return fmt.Errorf("while it stood at %s: %w", f.at, err)
@@ -259,6 +293,22 @@ func (f *fault) move() error {
 		return fmt.Errorf("after it stood at %s: %w", f.at, err)
 	}
 	return nil
+}
+
+// hold is where a migration stands until it is let go.
+type hold interface {
+	reached(ctx context.Context) error
+	release()
+}
+
+func (f *fault) setHold() (hold, error) {
+	switch f.at {
+	case waitsTurn:
+		return f.setTurn()
+	case findsNoNode:
+		return f.setCordon()
+	}
+	return f.setPoint(side(f.at), f.at)
 }
 
 // settled waits for the end of the migration and looks at both pods.
@@ -369,10 +419,10 @@ func (f *fault) gone(pod string) error {
 }
 
 // end puts back what the scenario changed, removes its pods and looks for leftovers.
-func (f *fault) end() {
+func (f *fault) end(failed error) {
 	ctx, cancel := context.WithTimeout(context.Background(), sweep)
 	defer cancel()
-	if f.Failed() {
+	if failed != nil {
 		f.tell(ctx)
 	}
 	for _, undo := range slices.Backward(f.undo) {
@@ -383,7 +433,12 @@ func (f *fault) end() {
 			f.Error(err)
 		}
 	}
-	for _, pod := range []string{clonePod, sourcePod} {
+	if f.held != "" {
+		if err := f.dropObjects(ctx); err != nil {
+			f.Error(err)
+		}
+	}
+	for _, pod := range []string{f.clone, sourcePod} {
 		if err := f.k.Delete(ctx, pod); err != nil {
 			f.Error(err)
 		}
@@ -403,8 +458,11 @@ func (f *fault) tell(ctx context.Context) {
 	for _, name := range f.counters {
 		f.Logf("last numbers of %s: %v", name, tail(watch.of(name), 10))
 	}
-	text, err := f.k.Kubectl(ctx, "get", "pods,events", "-o", "wide")
+	text, err := f.k.Kubectl(ctx, "get", "pods,podmigrations,events", "-o", "wide")
 	f.Logf("in the end: %v\n%s", err, text)
+	if b, err := os.ReadFile(mover.log); err == nil && f.held != "" {
+		f.Logf("controller:\n%s", strings.Join(tail(strings.Split(string(b), "\n"), 40), "\n"))
+	}
 	for _, node := range []string{source, target} {
 		m, err := f.machine(node)
 		if err != nil {
