@@ -11,6 +11,8 @@ import (
 	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"podmig.dev/podmig/kubelet/apis/migration/v1alpha1"
 )
 
 // completionTime is for how long a shell waits for an API server that does not answer.
@@ -65,7 +67,9 @@ func (o *options) completeFlags(cmd *cobra.Command) {
 		return slices.Sorted(maps.Keys(cfg.Contexts)), cobra.ShellCompDirectiveNoFileComp
 	})
 	register(cmd, "output", cobra.FixedCompletions(outputs, cobra.ShellCompDirectiveNoFileComp))
-	for _, flag := range []string{"node-selector", "selector", "timeout", "priority"} {
+	register(cmd, "dry-run", cobra.FixedCompletions([]string{"none", "server"}, cobra.ShellCompDirectiveNoFileComp))
+	register(cmd, "on-failure", cobra.FixedCompletions([]string{string(v1alpha1.FailureRunOn), string(v1alpha1.FailureEvict)}, cobra.ShellCompDirectiveNoFileComp))
+	for _, flag := range []string{"node-selector", "selector", "timeout", "priority", "freeze-budget"} {
 		register(cmd, flag, cobra.NoFileCompletions)
 	}
 }

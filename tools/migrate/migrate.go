@@ -85,6 +85,7 @@ type options struct {
 	selector map[string]string
 	timeout  time.Duration
 	priority int32
+	wait     bool
 	noWait   bool
 	cancel   bool
 	dryRun   string
@@ -143,6 +144,7 @@ is the worst of all pods, in the order 5, 4, 3, 6; a pod that is left counts as 
 	f.StringToStringVar(&o.selector, "node-selector", nil, "labels that the target must have")
 	f.DurationVar(&o.timeout, "timeout", 10*time.Minute, "how long a migration may take, in whole seconds; the pod runs on if it takes longer")
 	f.Int32Var(&o.priority, "priority", 0, "order among migrations that wait for their turn, highest first")
+	f.BoolVar(&o.wait, "wait", true, "follow the migration to its end; --wait=false is --no-wait")
 	f.BoolVar(&o.noWait, "no-wait", false, "print the name of the migration and do not follow it; with --from, order those that may begin now")
 	f.BoolVar(&o.cancel, "cancel", false, "cancel the pod's migrations, or those of all pods of the node; they run on where they are")
 	f.DurationVar(&o.budget, "freeze-budget", 0, "for how long the pod may stand still until the memory that it still writes is sent; it is not frozen if that would take longer")
@@ -216,6 +218,7 @@ func connect(config genericclioptions.RESTClientGetter) (client.WithWatch, error
 }
 
 func (o *options) run(ctx context.Context) error {
+	o.noWait = o.noWait || !o.wait
 	if err := o.check(); err != nil {
 		return err
 	}

@@ -134,6 +134,7 @@ func TestArguments(t *testing.T) {
 		{"redis --freeze-budget 10us", "a millisecond or more"},
 		{"redis --on-failure Retry", "give RunOn or Evict"},
 		{"--from node1 --dry-run=server", "for one pod"},
+		{"redis --wait=false --dry-run=server", "leave out --from, --no-wait"},
 		{"redis --from node1", "give a pod or --from"},
 		{"--from node1 --to node1", "name another node"},
 		{"redis node1 --to node2", "not both"},
