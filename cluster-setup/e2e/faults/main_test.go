@@ -193,7 +193,7 @@ func prepare(ctx context.Context, c *cluster.Cluster) error {
 			return err
 		}
 		for _, node := range []string{l[source], l[target]} {
-			if baseline[node], err = look(ctx, node); err != nil {
+			if baseline[node], err = lookTwice(ctx, node); err != nil {
 				return err
 			}
 		}
