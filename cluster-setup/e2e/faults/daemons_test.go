@@ -36,7 +36,7 @@ func TestFaultDaemonKilled(t *testing.T) {
 		{name: "target kubelet", at: frozenTarget, breaks: kill(target, cluster.Kubelet), ends: source, reasons: []string{"KubeletRestarted"}},
 		{name: "source kubelet", at: frozenSource, breaks: kill(source, cluster.Kubelet), ends: source, reasons: []string{"FreezeFailed", "SourceRefused"}},
 		{name: "target containerd", at: frozenTarget, breaks: kill(target, cluster.Containerd), ends: target},
-		{name: "source containerd", at: frozenTarget, breaks: kill(source, cluster.Containerd), ends: target},
+		{name: "source containerd", at: frozenTarget, breaks: all(knowsFrozen, kill(source, cluster.Containerd)), ends: target},
 		{name: "target kubelet", at: asksCommit, breaks: kill(target, cluster.Kubelet), ends: target},
 		{name: "source kubelet", at: givesAway, breaks: kill(source, cluster.Kubelet), ends: source, reasons: []string{"SourceRefused"}},
 

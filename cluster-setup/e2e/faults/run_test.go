@@ -596,6 +596,21 @@ func runsOn(node string) func(*fault) error {
 	return func(f *fault) error { return f.runs(node, 5) }
 }
 
+// knowsFrozen waits until the source's kubelet has heard from its runtime that the pod is frozen. The
+// target can have verified everything before that.
+func knowsFrozen(f *fault) error {
+	for {
+		if slices.ContainsFunc(f.k.Events(f.ctx, sourcePod), func(e v1.Event) bool { return e.Reason == v1alpha1.EventFrozen }) {
+			return nil
+		}
+		select {
+		case <-f.ctx.Done():
+			return fmt.Errorf("the source does not say that it is frozen: %w", f.ctx.Err())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
 // remove deletes a pod without waiting for its end.
 func remove(pod string) func(*fault) error {
 	return func(f *fault) error {
