@@ -33,7 +33,8 @@ type target struct {
 	admitted chan struct{}
 	admit    sync.Once
 	// bytes of the checkpoint that have arrived.
-	bytes atomic.Int64
+	bytes      atomic.Int64
+	tellCloned sync.Once
 	// create is signalled when the engine wants the clone's containers.
 	create chan struct{}
 
@@ -475,7 +476,8 @@ func (a *Agent) gone(uid string, err error) bool {
 }
 
 func (t *target) recordSuccess(ctx context.Context, id migration.Identity, text string) error {
-	t.a.event(ctx, id.Namespace, id.ClonePod, id.Session, false, v1alpha1.ReasonCloned, text)
+	// Once, however often the API server is asked.
+	t.tellCloned.Do(func() { t.a.event(ctx, id.Namespace, id.ClonePod, id.Session, false, v1alpha1.ReasonCloned, text) })
 	return t.a.cfg.API.PatchStatus(ctx, id.Namespace, id.ClonePod, id.Session, func(st *v1.PodStatus) {
 		if t.bytes.Load() > 0 {
 			// A kubelet that was restarted does not know.

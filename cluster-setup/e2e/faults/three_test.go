@@ -11,7 +11,7 @@ import (
 // A pod of three containers, one of them a sidecar: all of them move, or none.
 func TestFaultThree(t *testing.T) {
 	all3 := []scenario{
-		{name: "source kubelet", at: frozenTarget, breaks: kill(source, cluster.Kubelet), ends: source, reasons: []string{"SourceRefused"}},
+		{name: "source kubelet", at: frozenTarget, breaks: all(knowsFrozen, kill(source, cluster.Kubelet)), ends: source, reasons: []string{"SourceRefused"}},
 		{name: "target kubelet", at: restores, breaks: kill(target, cluster.Kubelet), ends: target},
 		{name: "target containerd", at: restores, breaks: kill(target, cluster.Containerd), ends: target},
 		{name: "answer to the commit lost", at: givenAway, breaks: cut(source), after: all(frozen(outage), heal(source)), ends: target},
