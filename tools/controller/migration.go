@@ -307,6 +307,8 @@ func (r *Migrations) gone(m *v1alpha1.PodMigration, source *unstructured.Unstruc
 	switch {
 	case migrated:
 		end(m, v1alpha1.PhaseSucceeded, v1alpha1.ReasonCloned, fmt.Sprintf("The pod was taken over by pod %s, which has been deleted since.", m.Status.ClonePodName))
+	case source != nil && phaseOf(source) == string(corev1.PodRunning) && mayBeGivenAway(m) && r.Now().Sub(ended(m)) < goneGrace:
+		// Its kubelet will say what became of it.
 	case source != nil && phaseOf(source) == string(corev1.PodRunning):
 		message := fmt.Sprintf("The clone is gone; pod %s runs on on node %s.", m.Spec.PodName, m.Status.SourceNode)
 		if phase == v1alpha1.PhaseRefused {
@@ -316,6 +318,15 @@ func (r *Migrations) gone(m *v1alpha1.PodMigration, source *unstructured.Unstruc
 	default:
 		end(m, v1alpha1.PhaseFailed, reason, "Both pods are gone.")
 	}
+}
+
+// goneGrace is how long the kubelet of a source may take to say that it was given away, after the last
+// that was seen of its clone.
+const goneGrace = 20 * time.Second
+
+// mayBeGivenAway tells whether the source may have ended without the API server knowing it yet.
+func mayBeGivenAway(m *v1alpha1.PodMigration) bool {
+	return m.Status.Phase == v1alpha1.PhaseFreezing || m.Status.Phase == v1alpha1.PhaseRestoring
 }
 
 func (r *Migrations) create(ctx context.Context, m *v1alpha1.PodMigration, source *unstructured.Unstructured) error {
@@ -615,7 +626,7 @@ func (r *Migrations) evict(ctx context.Context, m *v1alpha1.PodMigration) (held 
 	return false, nil
 }
 
-// ended is when a migration that is over ended.
+// ended is when the phase of a migration began, for one that is over its end.
 func ended(m *v1alpha1.PodMigration) time.Time {
 	if n := len(m.Status.PhaseTransitions); n > 0 {
 		return m.Status.PhaseTransitions[n-1].Time.Time

@@ -734,3 +734,45 @@ func TestEvictIsHeld(t *testing.T) {
 		t.Errorf("%+v, %v, %d pods", r, err, len(w.pods()))
 	}
 }
+
+// A clone that is deleted while its source may have been given away: what became of the
+// source is known only when its kubelet has said so.
+func TestCloneGone(t *testing.T) {
+	for _, tt := range []struct {
+		name, seen string
+		// source is its phase and reason in the end.
+		source, reason string
+		waits          bool
+		want           v1alpha1.Phase
+	}{
+		{"before the freeze", "Receiving", "Running", "", false, v1alpha1.PhaseCancelled},
+		{"frozen, and thawed", "Freezing", "Running", "", true, v1alpha1.PhaseCancelled},
+		{"given away", "Restoring", "Failed", "Migrated", true, v1alpha1.PhaseSucceeded},
+		{"both gone", "Restoring", "Failed", "", true, v1alpha1.PhaseFailed},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newWorld(t, sourcePod(), migration("move"))
+			m := w.reconcile("move")
+			w.clone(m, "node2", "Unknown", tt.seen)
+			m = w.reconcile("move")
+			if err := w.Delete(t.Context(), &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: m.Status.ClonePodName}}); err != nil {
+				t.Fatal(err)
+			}
+			if m = w.reconcile("move"); m.Status.Phase.Over() == tt.waits {
+				t.Errorf("at once it is %s", m.Status.Phase)
+			}
+			p := &corev1.Pod{}
+			if err := w.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "redis"}, p); err != nil {
+				t.Fatal(err)
+			}
+			p.Status.Phase, p.Status.Reason = corev1.PodPhase(tt.source), tt.reason
+			if err := w.Status().Update(t.Context(), p); err != nil {
+				t.Fatal(err)
+			}
+			w.now = w.now.Add(goneGrace)
+			if m = w.reconcile("move"); m.Status.Phase != tt.want {
+				t.Errorf("it ended %s, want %s", m.Status.Phase, tt.want)
+			}
+		})
+	}
+}
