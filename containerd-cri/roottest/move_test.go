@@ -91,9 +91,8 @@ func prepare(t *testing.T, ctx context.Context, session string, src, dst *pod) {
 		in.Close()
 	}()
 	_ = out.SetReadDeadline(time.Now().Add(time.Minute))
-	ready := make([]byte, 1)
-	if _, err := io.ReadFull(out, ready); err != nil || ready[0] != migration.StreamReady {
-		t.Fatalf("the target is not ready: %q, %v", ready, err)
+	if err := migrationtest.WaitReady(out); err != nil {
+		t.Fatalf("the target is not ready: %v", err)
 	}
 	_ = out.SetReadDeadline(time.Time{})
 	go func() {

@@ -244,6 +244,13 @@ const (
 	enoughPages = 4 << 20 / checkpoint.PageSize
 )
 
+// rest is how long it would take to send what was written in the last round, from what the last
+// two took: what a round sends was written during the one before, so much is written per second
+// in the last one, too, and it is sent as fast.
+func rest(before, took time.Duration) time.Duration {
+	return time.Duration(float64(took) * float64(took) / float64(max(before, 1)))
+}
+
 // pace decides after each round whether there is another one.
 type pace struct {
 	// budget is for how long the rest may take in the freeze; 0 for any time.
@@ -265,9 +272,7 @@ func (p *pace) round(pages uint64, took time.Duration) (ready bool, late time.Du
 	if before.rounds == 0 {
 		return false, 0
 	}
-	// What this round has sent was written during the one before. So much is written per
-	// second now, too, and it is sent as fast.
-	left := time.Duration(float64(took) * float64(took) / float64(max(before.took, 1)))
+	left := rest(before.took, took)
 	if p.budget > 0 && left <= p.budget {
 		return true, 0
 	}

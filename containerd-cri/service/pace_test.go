@@ -1,8 +1,14 @@
 package service
 
 import (
+	"bytes"
+	"encoding/binary"
 	"testing"
 	"time"
+
+	"podmig.dev/podmig/containerd-cri/checkpoint"
+	"podmig.dev/podmig/cri-api/migration/migrationtest"
+	migration "podmig.dev/podmig/cri-api/migration/v1alpha1"
 )
 
 func TestPace(t *testing.T) {
@@ -42,5 +48,25 @@ func TestPace(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// What a target writes back tells how long the rest would take, from the second round on, and when
+// the source should be frozen.
+func TestSigns(t *testing.T) {
+	var b bytes.Buffer
+	round := signs(&b)
+	round(checkpoint.Round{Number: 0})
+	if b.Len() != 0 {
+		t.Errorf("after the first round it writes %q", b.Bytes())
+	}
+	time.Sleep(time.Millisecond)
+	round(checkpoint.Round{Number: 1, Ready: true})
+	round(checkpoint.Round{Number: 2, Final: true})
+	if b.Len() != 10 || b.Bytes()[0] != migration.StreamExpected || binary.BigEndian.Uint64(b.Bytes()[1:]) == 0 {
+		t.Errorf("it writes %q", b.Bytes())
+	}
+	if err := migrationtest.WaitReady(&b); err != nil || b.Len() != 0 {
+		t.Errorf("%v, %q is left", err, b.Bytes())
 	}
 }

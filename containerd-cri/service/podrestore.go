@@ -154,7 +154,7 @@ func (s *Service) readPod(ctx context.Context, r *restoreSession, root *os.Root,
 		return err
 	}
 	defer f.Close()
-	sink := newRestoreSink(r, s.c.FreeMemory, func() {})
+	sink := newRestoreSink(r, s.c.FreeMemory, func(checkpoint.Round) {})
 	defer sink.abort()
 	st, err := f.Stat()
 	if err != nil {

@@ -2,9 +2,11 @@ package service
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -200,10 +202,7 @@ func (s *Service) openRestore(r *restoreSession) error {
 }
 
 func (s *Service) receive(r *restoreSession, conn net.Conn) error {
-	sink := newRestoreSink(r, s.c.FreeMemory, func() {
-		// A writer that has gone needs no sign; what it sent counts.
-		_, _ = conn.Write([]byte{migration.StreamReady})
-	})
+	sink := newRestoreSink(r, s.c.FreeMemory, signs(conn))
 	defer sink.abort()
 	res, err := checkpoint.Read(conn, r.ID, sink, checkpoint.Limits{})
 	if err != nil {
@@ -213,6 +212,25 @@ func (s *Service) receive(r *restoreSession, conn net.Conn) error {
 		return toStatus(err)
 	}
 	return s.accept(r, res, sink)
+}
+
+// signs writes back to the other end of a stream what its rounds tell. A writer that has
+// gone needs none; what it sent counts.
+func signs(conn io.Writer) func(checkpoint.Round) {
+	var before time.Duration
+	last := time.Now()
+	return func(r checkpoint.Round) {
+		took := time.Since(last)
+		last = last.Add(took)
+		if r.Number > 0 && !r.Final {
+			sign := binary.BigEndian.AppendUint64([]byte{migration.StreamExpected}, uint64(rest(before, took)))
+			_, _ = conn.Write(sign)
+		}
+		before = took
+		if r.Ready {
+			_, _ = conn.Write([]byte{migration.StreamReady})
+		}
+	}
 }
 
 // accept verifies what was received, and makes it ready to be restored.

@@ -28,12 +28,12 @@ type restoreSink struct {
 	// granted is how many bytes may come before free is asked again.
 	granted int
 	free    func() (uint64, error)
-	// ready is called when the source waits for its freeze.
-	ready func()
+	// round is called after each round.
+	round func(checkpoint.Round)
 }
 
-func newRestoreSink(r *restoreSession, free func() (uint64, error), ready func()) *restoreSink {
-	return &restoreSink{r: r, seen: map[checkpoint.Part]bool{}, open: map[checkpoint.PartSink]func(){}, pages: map[string][]*criu.Store{}, free: free, ready: ready}
+func newRestoreSink(r *restoreSession, free func() (uint64, error), round func(checkpoint.Round)) *restoreSink {
+	return &restoreSink{r: r, seen: map[checkpoint.Part]bool{}, open: map[checkpoint.PartSink]func(){}, pages: map[string][]*criu.Store{}, free: free, round: round}
 }
 
 func (k *restoreSink) container(name string) *Container {
@@ -184,9 +184,7 @@ func (k *restoreSink) tree(dir string, kind checkpoint.Kind) (checkpoint.PartSin
 
 // Round implements checkpoint.Sink.
 func (k *restoreSink) Round(r checkpoint.Round) error {
-	if r.Ready {
-		k.ready()
-	}
+	k.round(r)
 	return nil
 }
 

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -206,8 +207,10 @@ func (t *target) copyStream(ctx context.Context, address string) (int64, error) 
 	closed := make(chan struct{})
 	go func() {
 		defer close(closed)
-		b := make([]byte, 1)
-		if _, err := io.ReadFull(out, b); err == nil && b[0] == cri.StreamReady {
+		if readSigns(out, func(d time.Duration) {
+			t.expected.Store(int64(d))
+			t.writeTransfer()
+		}) == nil {
 			t.d.post(migration.RoundsDone{})
 		}
 		_, _ = io.Copy(io.Discard, out)
@@ -229,6 +232,27 @@ func (t *target) copyStream(ctx context.Context, address string) (int64, error) 
 	}
 	<-closed
 	return n, nil
+}
+
+// readSigns reads what the runtime writes back until it says that the rounds are over.
+func readSigns(r io.Reader, expected func(time.Duration)) error {
+	sign := make([]byte, 9)
+	for {
+		if _, err := io.ReadFull(r, sign[:1]); err != nil {
+			return err
+		}
+		switch sign[0] {
+		case cri.StreamReady:
+			return nil
+		case cri.StreamExpected:
+			if _, err := io.ReadFull(r, sign[1:]); err != nil {
+				return err
+			}
+			expected(time.Duration(binary.BigEndian.Uint64(sign[1:])))
+		default:
+			return fmt.Errorf("the runtime writes the unknown sign %q", sign[0])
+		}
+	}
 }
 
 // onlyWriter and counting keep io.Copy to the buffer it is given.

@@ -33,7 +33,10 @@ type target struct {
 	admitted chan struct{}
 	admit    sync.Once
 	// bytes of the checkpoint that have arrived.
-	bytes      atomic.Int64
+	bytes atomic.Int64
+	// expected is for how many nanoseconds the source would wait until what it has written is sent, 0 if
+	// that is not known.
+	expected   atomic.Int64
 	tellCloned sync.Once
 	// create is signalled when the engine wants the clone's containers.
 	create chan struct{}
@@ -164,6 +167,9 @@ func (t *target) transfer() v1.PodCondition {
 	frozen := t.frozen
 	t.mu.Unlock()
 	text := fmt.Sprintf("%s=%d", v1alpha1.TransferBytes, t.bytes.Load())
+	if e := time.Duration(t.expected.Load()); e > 0 {
+		text += fmt.Sprintf(" %s=%d", v1alpha1.TransferExpected, e.Milliseconds())
+	}
 	if frozen > 0 {
 		text += fmt.Sprintf(" %s=%d", v1alpha1.TransferFrozen, frozen.Milliseconds())
 	}
@@ -180,13 +186,17 @@ func (t *target) tellTransfer(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		t.d.inOrder(func(ctx context.Context) {
-			id := t.d.identity()
-			if err := t.a.cfg.API.PatchStatus(ctx, id.Namespace, id.ClonePod, id.Session, func(st *v1.PodStatus) { setCondition(st, t.transfer()) }); err != nil {
-				t.d.log.V(2).Info("Progress could not be written to the clone", "err", err)
-			}
-		})
+		t.writeTransfer()
 	}
+}
+
+func (t *target) writeTransfer() {
+	t.d.inOrder(func(ctx context.Context) {
+		id := t.d.identity()
+		if err := t.a.cfg.API.PatchStatus(ctx, id.Namespace, id.ClonePod, id.Session, func(st *v1.PodStatus) { setCondition(st, t.transfer()) }); err != nil {
+			t.d.log.V(2).Info("Progress could not be written to the clone", "err", err)
+		}
+	})
 }
 
 // transferInterval is how often it is told how much has been moved.

@@ -447,6 +447,8 @@ func measure(m *v1alpha1.PodMigration, c *corev1.PodCondition) {
 		case err != nil:
 		case key == v1alpha1.TransferBytes:
 			m.Status.TransferredBytes = n
+		case key == v1alpha1.TransferExpected:
+			m.Status.ExpectedFreezeMilliseconds = &n
 		case key == v1alpha1.TransferFrozen:
 			m.Status.FrozenMilliseconds = &n
 		}

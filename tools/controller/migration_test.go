@@ -776,3 +776,17 @@ func TestCloneGone(t *testing.T) {
 		})
 	}
 }
+
+// What a kubelet measures is taken over; what is not understood is left out.
+func TestMeasure(t *testing.T) {
+	m := migration("move")
+	measure(m, nil)
+	measure(m, &corev1.PodCondition{Message: "bytes=1048576 expectedFreezeMilliseconds=70 color=blue frozenMilliseconds=x"})
+	if s := m.Status; s.TransferredBytes != 1<<20 || s.ExpectedFreezeMilliseconds == nil || *s.ExpectedFreezeMilliseconds != 70 || s.FrozenMilliseconds != nil {
+		t.Errorf("%+v", s)
+	}
+	measure(m, &corev1.PodCondition{Message: "bytes=2097152 frozenMilliseconds=139"})
+	if s := m.Status; s.TransferredBytes != 2<<20 || s.FrozenMilliseconds == nil || *s.FrozenMilliseconds != 139 {
+		t.Errorf("%+v", s)
+	}
+}

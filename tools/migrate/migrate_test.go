@@ -194,12 +194,16 @@ func TestMeter(t *testing.T) {
 	}{
 		{v1alpha1.PhasePreparing, 0, 1, nil, ""},
 		{v1alpha1.PhaseTransferring, 300 << 10, 2, nil, "(300 KiB)"},
-		{v1alpha1.PhaseTransferring, 100<<20 + 300<<10, 4, nil, "(100 MiB, 50 MiB/s)"},
+		{v1alpha1.PhaseTransferring, 100<<20 + 300<<10, 4, nil, "(100 MiB, 50 MiB/s, to be frozen for 70 ms and what the restore takes)"},
 		// Nothing new is not a rate of zero.
 		{v1alpha1.PhaseTransferring, 100<<20 + 300<<10, 5, nil, "(100 MiB)"},
 		{v1alpha1.PhaseSucceeded, 120 << 20, 6, &frozen, "(120 MiB, frozen for 139 ms)"},
 	} {
 		m := &v1alpha1.PodMigration{Status: v1alpha1.PodMigrationStatus{Phase: tt.phase, TransferredBytes: tt.bytes, FrozenMilliseconds: tt.frozen}}
+		if tt.at == 4 {
+			expected := int64(70)
+			m.Status.ExpectedFreezeMilliseconds = &expected
+		}
 		if got := r.read(m, time.Unix(tt.at, 0)); got != tt.want {
 			t.Errorf("%d bytes: %q, want %q", tt.bytes, got, tt.want)
 		}

@@ -123,6 +123,9 @@ func (r *meter) read(m *v1alpha1.PodMigration, now time.Time) string {
 	if bytes > r.bytes {
 		r.bytes, r.at = bytes, now
 	}
+	if e := m.Status.ExpectedFreezeMilliseconds; e != nil && (m.Status.Phase == v1alpha1.PhaseTransferring || m.Status.Phase == v1alpha1.PhaseFreezing) {
+		text += fmt.Sprintf(", to be frozen for %d ms and what the restore takes", *e)
+	}
 	if f := m.Status.FrozenMilliseconds; f != nil {
 		text += fmt.Sprintf(", frozen for %d ms", *f)
 	}

@@ -454,9 +454,8 @@ func testMove(t *testing.T, s *suite) {
 		defer close(pumped)
 		_, _ = io.Copy(out, in)
 	}()
-	ready := make([]byte, 1)
-	if _, err := io.ReadFull(out, ready); err != nil || ready[0] != migration.StreamReady {
-		t.Fatalf("the target does not say that the rounds before the freeze are over: %q, %v", ready, err)
+	if err := WaitReady(out); err != nil {
+		t.Fatalf("the target does not say that the rounds before the freeze are over: %v", err)
 	}
 	go func() {
 		<-pumped
@@ -624,4 +623,24 @@ func testFinishRestore(t *testing.T, s *suite) {
 	s.wantState(q, Created)
 	s.finish(id, p, migration.Outcome_OUTCOME_RESUME)
 	s.wantCounting(p, make([]int, len(p.Containers)))
+}
+
+// WaitReady reads what a runtime writes back until it says that the source should be frozen.
+func WaitReady(r io.Reader) error {
+	sign := make([]byte, 9)
+	for {
+		if _, err := io.ReadFull(r, sign[:1]); err != nil {
+			return err
+		}
+		switch sign[0] {
+		case migration.StreamReady:
+			return nil
+		case migration.StreamExpected:
+			if _, err := io.ReadFull(r, sign[1:]); err != nil {
+				return err
+			}
+		default:
+			return fmt.Errorf("unknown sign %q", sign[0])
+		}
+	}
 }

@@ -15,6 +15,11 @@ const StreamVersion uint32 = 1
 // receives when the source waits for its freeze.
 const StreamReady byte = 'R'
 
+// StreamExpected is the byte that it may write there before, any number of times, each time
+// with eight bytes behind it, big endian: for how many nanoseconds the frozen containers would
+// wait until the memory that they have written since the last round is sent.
+const StreamExpected byte = 'E'
+
 // A checkpoint of a pod, as the CRI's CheckpointPod writes it into a directory, has two
 // files: the stream that a migration would send, and its manifest once more. The manifest
 // is written last.

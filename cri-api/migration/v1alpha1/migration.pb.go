@@ -1232,7 +1232,8 @@ type PrepareRestoreResponse struct {
 	// unix:///path of a stream socket that takes the bytes of the source's stream,
 	// from one writer. The runtime writes one byte back, StreamReady, when the stream
 	// says that its rounds before the freeze are over: what is left is little, or does
-	// not shrink any more, and the source should be frozen now. A writer that has sent
+	// not shrink any more, and the source should be frozen now. Before that it may write
+	// StreamExpected with eight bytes, as often as it likes. A writer that has sent
 	// everything shuts its direction down and reads until the runtime closes.
 	StreamAddress string `protobuf:"bytes,1,opt,name=stream_address,json=streamAddress,proto3" json:"stream_address,omitempty"`
 	unknownFields protoimpl.UnknownFields

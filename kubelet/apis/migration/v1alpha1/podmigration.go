@@ -179,6 +179,11 @@ type PodMigrationStatus struct {
 	// TransferredBytes of the checkpoint have reached the target.
 	// +optional
 	TransferredBytes int64 `json:"transferredBytes,omitempty"`
+	// ExpectedFreezeMilliseconds is for how long the pod would stand still, if it were frozen now, until
+	// the memory is sent that it has written since it was sent last. What else a freeze costs is not
+	// in it; see freezeBudgetMilliseconds.
+	// +optional
+	ExpectedFreezeMilliseconds *int64 `json:"expectedFreezeMilliseconds,omitempty"`
 	// FrozenMilliseconds is for how long the pod stood still; missing if a kubelet restarted
 	// meanwhile. Clients wait about so long, and until they are told of the new address.
 	// +optional
@@ -227,6 +232,9 @@ const (
 	ConditionTransfer = "podmig.dev/Transfer"
 	// TransferBytes have arrived so far.
 	TransferBytes = "bytes"
+	// TransferExpected is for how many milliseconds the pod would stand still, if it were frozen now, until
+	// the memory that it has written since the last round is sent.
+	TransferExpected = "expectedFreezeMilliseconds"
 	// TransferFrozen is for how many milliseconds the pod stood still, from the request to freeze
 	// to the resumed clone.
 	TransferFrozen = "frozenMilliseconds"

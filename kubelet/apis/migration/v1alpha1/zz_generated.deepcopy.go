@@ -251,6 +251,11 @@ func (in *PodMigrationStatus) DeepCopyInto(out *PodMigrationStatus) {
 			(*in)[i].DeepCopyInto(&(*out)[i])
 		}
 	}
+	if in.ExpectedFreezeMilliseconds != nil {
+		in, out := &in.ExpectedFreezeMilliseconds, &out.ExpectedFreezeMilliseconds
+		*out = new(int64)
+		**out = **in
+	}
 	if in.FrozenMilliseconds != nil {
 		in, out := &in.FrozenMilliseconds, &out.FrozenMilliseconds
 		*out = new(int64)
