@@ -74,7 +74,7 @@ spec:
       while True:
           try:
               if s is None:
-                  s = socket.create_connection((os.environ["REDIS_SERVICE_HOST"], 6379), timeout=0.3)
+                  s = socket.create_connection((os.environ["REDIS_SERVICE_HOST"], 6379), timeout=1)
               s.sendall(b"INCR n\r\n")
               answer = s.recv(64)
               if not answer.startswith(b":"):
