@@ -146,6 +146,18 @@ func TestMigratingPod(t *testing.T) {
 			return nil
 		})
 	})
+	t.Run("in a namespace that is deleted", func(t *testing.T) {
+		other, err := admin.In(ctx, k.Namespace+"-2")
+		if err != nil {
+			t.Fatal(err)
+		}
+		apply(ctx, t, other, named("inside"))
+		isRunning(ctx, t, other, "inside", "inside-0")
+		waiting(ctx, t, other, "bare", 600)
+		if _, err := admin.Kubectl(ctx, "delete", "namespace", other.Namespace, "--timeout=60s"); err != nil {
+			t.Error(err)
+		}
+	})
 	t.Run("validation", func(t *testing.T) {
 		for text, change := range map[string]func(u *unstructured.Unstructured){
 			"must be Always": func(u *unstructured.Unstructured) {

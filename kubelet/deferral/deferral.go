@@ -20,6 +20,10 @@ import (
 // DefaultDeadline is how long a deletion waits if the pod does not say.
 const DefaultDeadline = 10 * time.Minute
 
+// MaxDeadline is how long it waits at most: whoever may create pods must not keep a node
+// from ever being empty.
+const MaxDeadline = 24 * time.Hour
+
 // Waits tells whether a pod is being deleted and goes on as before, because it has the
 // finalizer, nobody has forced the deletion and the deadline has not passed.
 func Waits(pod *v1.Pod, now time.Time) bool {
@@ -59,7 +63,7 @@ func Limit(pod *v1.Pod) (time.Duration, bool) {
 	if err != nil {
 		return DefaultDeadline, false
 	}
-	return time.Duration(seconds) * time.Second, true
+	return min(time.Duration(seconds)*time.Second, MaxDeadline), true
 }
 
 // Cloned tells whether a clone has taken over.

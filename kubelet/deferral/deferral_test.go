@@ -42,6 +42,7 @@ func TestWaits(t *testing.T) {
 		{"settable", 30, deadline("45"), 45 * time.Second},
 		{"shorter than the grace period", 30, deadline("5"), 5 * time.Second},
 		{"none", 30, deadline("0"), 0},
+		{"a day at most", 30, deadline("1000000"), MaxDeadline},
 		{"no number", 30, deadline("10m"), DefaultDeadline},
 		{"negative", 30, deadline("-1"), DefaultDeadline},
 		{"forced", 0, func(*v1.Pod) {}, 0},
@@ -50,7 +51,7 @@ func TestWaits(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p := deleted(tt.grace, tt.change)
-			for _, at := range []time.Duration{0, tt.until - time.Nanosecond, tt.until, 24 * time.Hour} {
+			for _, at := range []time.Duration{0, tt.until - time.Nanosecond, tt.until, 48 * time.Hour} {
 				if at < 0 {
 					continue
 				}

@@ -116,7 +116,11 @@ func (r *Deletions) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Resul
 	case again < 0:
 		return ctrl.Result{RequeueAfter: left}, nil
 	}
-	return ctrl.Result{RequeueAfter: left}, r.move(ctx, p, again, deferral.Deadline(p).Sub(now))
+	err = r.move(ctx, p, again, deferral.Deadline(p).Sub(now))
+	if apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause) {
+		return ctrl.Result{}, r.release(ctx, p, eventGivenUp, "The namespace is being deleted, and its pods with it.")
+	}
+	return ctrl.Result{RequeueAfter: left}, err
 }
 
 // unwanted tells why a pod should not wait: an event's reason and sentence.

@@ -246,7 +246,7 @@ func TestDeletionOrders(t *testing.T) {
 		mine bool
 	}{
 		{"bare", waiting(), nil, 500, false},
-		{"a long deadline", waiting(deadline("1000000")), nil, 86400, false},
+		{"a long deadline", waiting(deadline("1000000")), nil, 86300, false},
 		{"of a ReplicaSet", waiting(ofSet), []client.Object{replicaSet(), node(corev1.ConditionTrue)}, 500, false},
 		{"of a MigratingPod", waiting(ofRedis, deadline("120")), []client.Object{migratingRedis()}, 20, true},
 	} {
@@ -435,5 +435,24 @@ func TestNext(t *testing.T) {
 				t.Errorf("waits %s, number %d, %q", wait, number, why)
 			}
 		})
+	}
+}
+
+// Nothing is created in a namespace that is being deleted, so nothing can move there.
+func TestDeletionOfANamespace(t *testing.T) {
+	w := newWorld(t, waiting())
+	w.d.Client = interceptor.NewClient(w.Client.(client.WithWatch), interceptor.Funcs{
+		Create: func(_ context.Context, _ client.WithWatch, o client.Object, _ ...client.CreateOption) error {
+			err := apierrors.NewForbidden(schema.GroupResource{Group: v1alpha1.GroupVersion.Group, Resource: "podmigrations"}, o.GetName(), fmt.Errorf("it is being terminated"))
+			err.ErrStatus.Details.Causes = []metav1.StatusCause{{Type: corev1.NamespaceTerminatingCause}}
+			return err
+		},
+	})
+	w.look()
+	if p := w.pod("redis"); p != nil && slices.Contains(p.Finalizers, v1alpha1.FinalizerMigrate) {
+		t.Errorf("the pod waits: %v", p.Finalizers)
+	}
+	if said := w.events(); !strings.Contains(said, "The namespace is being deleted") {
+		t.Errorf("it says %q", said)
 	}
 }

@@ -7,8 +7,8 @@ package v1alpha1
 const FinalizerMigrate = "podmig.dev/migrate"
 
 // AnnotationDeadline, on a pod with FinalizerMigrate, is for how many seconds from the
-// deletion on it waits to be moved, before it ends as any pod; 600 without it, and 0
-// is not at all.
+// deletion on it waits to be moved, before it ends as any pod; 600 without it, 86400 at
+// most, and 0 is not at all.
 const AnnotationDeadline = "podmig.dev/migrate-deadline-seconds"
 
 // Reasons of events on a pod whose deletion waits.
