@@ -515,6 +515,9 @@ func (a *absence) end(f *fault) error {
 
 const apiServer = "kube-apiserver"
 
+// rewatch is how long whoever has lost its watch may take until it asks again.
+const rewatch = 75 * time.Second
+
 // wake ends what waits for its next attempt to watch, up to a minute: what comes
 // afterwards is no part of the scenario.
 func wake(f *fault) error {
@@ -533,10 +536,6 @@ func TestFaultControllerAPIServer(t *testing.T) {
 	for i := 0; i < len(points); i += len(lanes) {
 		pair := points[i : i+len(lanes)]
 		a := &absence{lasts: 20 * time.Second, turn: make(chan struct{})}
-		if slices.Contains([]string{waitsTurn, findsNoNode}, pair[0].at) {
-			// Kubelets and scheduler would look for the new pods a minute later.
-			a.lasts = 6 * time.Second
-		}
 		t.Run(fmt.Sprintf("%s, %s and %s", a.lasts, pair[0].at, pair[1].at), func(t *testing.T) {
 			t.Parallel()
 			whole.Lock()
@@ -546,8 +545,9 @@ func TestFaultControllerAPIServer(t *testing.T) {
 				s := scenario{at: p.at, held: p.held, ends: target, over: v1alpha1.PhaseSucceeded, lasts: a.lasts + lease}
 				switch p.at {
 				case waitsTurn, findsNoNode:
-					// What they wait for comes from the API server.
-					s.breaks = all(a.begin, a.end)
+					// What they wait for comes from the API server. Kubelets and scheduler ask for it up to a
+					// minute after it is back.
+					s.breaks, s.lasts = all(a.begin, a.end), s.lasts+rewatch
 				case opens:
 					// The source's kubelet asks it whether the target's may have the pod, unless it
 					// has asked in the last minutes. If it cannot, the source runs on.
