@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 
+	"podmig.dev/podmig/cluster-setup/kit"
 	"podmig.dev/podmig/kubelet/wire"
 	"podmig.dev/podmig/tools/clone"
 )
@@ -61,6 +62,14 @@ func TestFrozenSourceIsLeftAlone(t *testing.T) {
 		_, err := io.Copy(io.Discard, stream)
 		drained <- err
 	}()
+	// Times of events are whole seconds, and while it started it may have been unready: the freeze is in a
+	// later second than that.
+	until(ctx, t, "the second in which it became ready is over", func() error {
+		if ready := kit.Condition(p, string(v1.PodReady)).LastTransitionTime; !time.Now().Truncate(time.Second).After(ready.Time) {
+			return fmt.Errorf("it became ready at %s", ready)
+		}
+		return nil
+	})
 	if _, err := target.Freeze(ctx, s, &wire.FreezeRequest{}); err != nil {
 		t.Fatal(err)
 	}
@@ -117,7 +126,6 @@ func TestFrozenSourceIsLeftAlone(t *testing.T) {
 		return nil
 	})
 	for _, e := range k.Events(ctx, p.Name) {
-		// Times of events are whole seconds. While it started it may have been unready.
 		if (e.Reason == "Unhealthy" || e.Reason == "Killing") && !e.LastTimestamp.Time.Before(frozen.Truncate(time.Second)) {
 			t.Errorf("event %s: %s", e.Reason, e.Message)
 		}
