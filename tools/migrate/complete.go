@@ -1,22 +1,17 @@
 package migrate
 
 import (
-	"cmp"
 	"context"
 	"io"
-	"maps"
 	"slices"
-	"time"
 
 	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"podmig.dev/podmig/kubelet/apis/migration/v1alpha1"
+	"podmig.dev/podmig/tools/completion"
 )
-
-// completionTime is for how long a shell waits for an API server that does not answer.
-const completionTime = 5 * time.Second
 
 // completeArguments offers pods that can be moved, then the nodes that they are not on.
 func (o *options) completeArguments(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
@@ -55,52 +50,28 @@ func (o *options) completeFlags(cmd *cobra.Command) {
 			return names(all.Items, func(n corev1.Namespace) string { return n.Name }), err
 		},
 	} {
-		register(cmd, flag, func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+		completion.Register(cmd, flag, func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
 			return o.offer(cmd, list)
 		})
 	}
-	register(cmd, "context", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-		cfg, err := o.config.ToRawKubeConfigLoader().RawConfig()
-		if err != nil {
-			return failed(err)
-		}
-		return slices.Sorted(maps.Keys(cfg.Contexts)), cobra.ShellCompDirectiveNoFileComp
-	})
-	register(cmd, "output", cobra.FixedCompletions(outputs, cobra.ShellCompDirectiveNoFileComp))
-	register(cmd, "dry-run", cobra.FixedCompletions([]string{"none", "server"}, cobra.ShellCompDirectiveNoFileComp))
-	register(cmd, "on-failure", cobra.FixedCompletions([]string{string(v1alpha1.FailureRunOn), string(v1alpha1.FailureEvict)}, cobra.ShellCompDirectiveNoFileComp))
+	completion.Contexts(cmd, o.config)
+	completion.Register(cmd, "output", cobra.FixedCompletions(outputs, cobra.ShellCompDirectiveNoFileComp))
+	completion.Register(cmd, "dry-run", cobra.FixedCompletions([]string{"none", "server"}, cobra.ShellCompDirectiveNoFileComp))
+	completion.Register(cmd, "on-failure", cobra.FixedCompletions([]string{string(v1alpha1.FailureRunOn), string(v1alpha1.FailureEvict)}, cobra.ShellCompDirectiveNoFileComp))
 	for _, flag := range []string{"node-selector", "selector", "timeout", "priority", "freeze-budget"} {
-		register(cmd, flag, cobra.NoFileCompletions)
+		completion.Register(cmd, flag, cobra.NoFileCompletions)
 	}
 }
 
-func register(cmd *cobra.Command, flag string, f cobra.CompletionFunc) {
-	// It fails for a flag that is not there or has a function already.
-	if err := cmd.RegisterFlagCompletionFunc(flag, f); err != nil {
-		panic(err)
-	}
-}
-
-// offer asks the API server for words. (The shell picks those that begin as typed.)
+// offer asks the API server for words.
 func (o *options) offer(cmd *cobra.Command, list func(context.Context, client.Reader) ([]string, error)) ([]string, cobra.ShellCompDirective) {
-	c, err := o.connect()
-	if err != nil {
-		return failed(err)
-	}
-	// Without a run there is no context.
-	ctx, stop := context.WithTimeout(cmp.Or(cmd.Context(), context.Background()), completionTime)
-	defer stop()
-	words, err := list(ctx, c)
-	if err != nil {
-		return failed(err)
-	}
-	return words, cobra.ShellCompDirectiveNoFileComp
-}
-
-// failed shows an error where shells do not see it, for BASH_COMP_DEBUG_FILE.
-func failed(err error) ([]string, cobra.ShellCompDirective) {
-	cobra.CompErrorln(err.Error())
-	return nil, cobra.ShellCompDirectiveError
+	return completion.Offer(cmd, func(ctx context.Context) ([]string, error) {
+		c, err := o.connect()
+		if err != nil {
+			return nil, err
+		}
+		return list(ctx, c)
+	})
 }
 
 // nodes are all but one.
@@ -120,12 +91,5 @@ func names[T any](objects []T, name func(T) string) []string {
 
 // Complete prints what the last of the words may become.
 func Complete(out, errOut io.Writer, words []string) error {
-	return complete(Command(out, errOut), out, errOut, words)
-}
-
-func complete(cmd *cobra.Command, out, errOut io.Writer, words []string) error {
-	cmd.SetOut(out)
-	cmd.SetErr(errOut)
-	cmd.SetArgs(append([]string{cobra.ShellCompRequestCmd}, words...))
-	return cmd.Execute()
+	return completion.Run(Command(out, errOut), out, errOut, words)
 }

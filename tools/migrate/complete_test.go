@@ -10,6 +10,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/cli-runtime/pkg/genericclioptions"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"podmig.dev/podmig/tools/completion"
 )
 
 // The words are those that kubectl gives to the program that completes.
@@ -39,7 +41,7 @@ func TestComplete(t *testing.T) {
 	} {
 		var out, errOut bytes.Buffer
 		o := &options{config: genericclioptions.NewConfigFlags(true), out: &out, errOut: &errOut, connect: func() (client.WithWatch, error) { return c, nil }}
-		if err := complete(o.command(), &out, &errOut, append([]string{"--kubeconfig", config}, strings.Split(strings.TrimPrefix(tt.args, " "), " ")...)); err != nil {
+		if err := completion.Run(o.command(), &out, &errOut, append([]string{"--kubeconfig", config}, strings.Split(strings.TrimPrefix(tt.args, " "), " ")...)); err != nil {
 			t.Errorf("%q: %v", tt.args, err)
 		}
 		if got := strings.Join(strings.Fields(out.String()), " "); got != tt.want {
@@ -52,7 +54,7 @@ func TestComplete(t *testing.T) {
 func TestCompleteFails(t *testing.T) {
 	var out, errOut bytes.Buffer
 	o := &options{config: genericclioptions.NewConfigFlags(true), out: &out, errOut: &errOut, connect: func() (client.WithWatch, error) { return nil, errors.New("no cluster") }}
-	if err := complete(o.command(), &out, &errOut, []string{"--from", ""}); err != nil || strings.TrimSpace(out.String()) != ":1" {
+	if err := completion.Run(o.command(), &out, &errOut, []string{"--from", ""}); err != nil || strings.TrimSpace(out.String()) != ":1" {
 		t.Errorf("%q, %v", &out, err)
 	}
 }

@@ -145,7 +145,7 @@ var Imports = []Rule{
 		Why: "the main is upstream's few lines plus one",
 	},
 	{
-		Packages: "tools/checkpoint/...", Own: []string{"containerd-cri/checkpoint", "cri-api/migration/v1alpha1", "kubelet/wire"},
+		Packages: "tools/checkpoint/...", Own: []string{"containerd-cri/checkpoint", "cri-api/migration/v1alpha1", "kubelet/wire", "tools/completion"},
 		Deny: []string{kubernetes, containerd}, Why: "who downloads a checkpoint reads its format, which is pure, and nothing else of the node",
 	},
 	{
