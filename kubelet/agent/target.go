@@ -36,7 +36,9 @@ type target struct {
 	bytes atomic.Int64
 	// expected is for how many nanoseconds the source would wait until what it has written is sent, 0 if
 	// that is not known.
-	expected   atomic.Int64
+	expected atomic.Int64
+	// writing is set while the transfer waits to be written to the clone.
+	writing    atomic.Bool
 	tellCloned sync.Once
 	// create is signalled when the engine wants the clone's containers.
 	create chan struct{}
@@ -190,8 +192,14 @@ func (t *target) tellTransfer(ctx context.Context) {
 	}
 }
 
+// writeTransfer writes how much has been moved, unless that waits to be written already: with a slow
+// API server nothing queues up in front of the outcome.
 func (t *target) writeTransfer() {
+	if !t.writing.CompareAndSwap(false, true) {
+		return
+	}
 	t.d.inOrder(func(ctx context.Context) {
+		t.writing.Store(false)
 		id := t.d.identity()
 		if err := t.a.cfg.API.PatchStatus(ctx, id.Namespace, id.ClonePod, id.Session, func(st *v1.PodStatus) { setCondition(st, t.transfer()) }); err != nil {
 			t.d.log.V(2).Info("Progress could not be written to the clone", "err", err)
